@@ -1,0 +1,219 @@
+"""The resolved configuration of a run.
+
+A run is configured by defaults, then a TOML file, then `--set a.b=c`, then the CLI's own options. Unknown keys are
+errors that name their path. The resolved value is saved with the run, so a run folder says how it was made.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from seer_async.errors import ConfigError
+from seer_async.sampling import REFUSED, Sampling
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def _require(ok: bool, message: str) -> None:  # noqa: FBT001 - a condition is what it takes
+    if not ok:
+        raise ConfigError(message)
+
+
+class RolloutConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is sampled, and how it is cut.
+
+    `chunk_size` 0 sends every response in one call. `mixed_versions` says what happens to a response whose tokens
+    would come from two weight versions: "restart" it from its prompt, or "mark" it off-policy.
+    """
+
+    n: int = 8
+    chunk_size: int = 512
+    mixed_versions: str = "restart"
+    max_attempts: int = 10
+
+    def __post_init__(self) -> None:
+        _require(self.n >= 1, "rollout.n must be at least 1: the number of responses to each prompt")
+        _require(self.chunk_size >= 0, "rollout.chunk_size must be 0 (undivided) or the tokens in a chunk")
+        _require(self.mixed_versions in {"restart", "mark"}, 'rollout.mixed_versions must be "restart" or "mark"')
+        _require(self.max_attempts >= 1, "rollout.max_attempts must be at least 1")
+
+
+class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The scheduling policy and its knobs.
+
+    `probes` requests of each group run first. One of `fairness` decisions goes to the request that has waited
+    longest. `affinity` is how much fuller, relatively, the engine that holds a request's prefix may be before the request moves away.
+    `lengths` is a file of true lengths, for the oracle and for forced lengths. `over_issue` is the policy `partial`'s.
+    """
+
+    policy: str = "seer"
+    probes: int = 1
+    fairness: int = 32
+    affinity: float = 0.25
+    lengths: str | None = None
+    over_issue: float = 2.0
+
+    def __post_init__(self) -> None:
+        _require(self.probes >= 0, "scheduler.probes must be 0 or more")
+        _require(self.fairness >= 2, "scheduler.fairness must be at least 2")  # noqa: PLR2004 - 1 would be plain FIFO
+        _require(self.affinity >= 0, "scheduler.affinity must be 0 or more")
+        _require(self.over_issue >= 1, "scheduler.over_issue must be at least 1")
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How engines are called and watched. Times in seconds.
+
+    `kv_fraction` of an engine's KV is ours to fill. `eject_after` failures in a row close an engine for `eject_s`, doubling
+    up to `eject_max_s`. `patience_s` without any usable engine end the run with exit code 4. `api_key_env` names the
+    environment variable that holds the engines' API key.
+    """
+
+    max_in_flight: int = 1024
+    kv_fraction: float = 1.0
+    chunk_timeout_s: float = 600.0
+    telemetry_s: float = 1.0
+    probe_timeout_s: float = 10.0
+    silent_after: int = 3
+    eject_after: int = 3
+    eject_s: float = 1.0
+    eject_max_s: float = 30.0
+    patience_s: float = 300.0
+    api_key_env: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.max_in_flight >= 1, "engine.max_in_flight must be at least 1")
+        _require(0 < self.kv_fraction <= 1, "engine.kv_fraction must be above 0 and at most 1")
+        for name in (
+            "chunk_timeout_s",
+            "telemetry_s",
+            "probe_timeout_s",
+            "eject_s",
+            "eject_max_s",
+            "patience_s",
+        ):
+            _require(getattr(self, name) > 0, f"engine.{name} must be above 0 seconds")
+        _require(self.eject_after >= 1, "engine.eject_after must be at least 1")
+        _require(self.silent_after >= 1, "engine.silent_after must be at least 1")
+
+
+class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The engines: URLs of running ones, or how to start local ones.
+
+    `engines` local vLLM servers are started when no `servers` are given. `model` is a folder or hub name for local engines (the
+    default is the small model that Seer fetches by itself); `tokenizer` overrides where text is decoded with.
+    """
+
+    servers: list[str] = []
+    engines: int = 2
+    model: str | None = None
+    tokenizer: str | None = None
+    dtype: str | None = None
+    max_model_len: int | None = None
+    kv_cache_gib: float | None = None
+    kv_blocks: int | None = None
+    max_num_seqs: int | None = None
+    vllm_args: list[str] = []
+
+    def __post_init__(self) -> None:
+        _require(self.engines >= 1, "fleet.engines must be at least 1")
+
+
+class OutputConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is written into the run folder beside samples.jsonl and the journal."""
+
+    trace: bool = True
+    metrics_s: float = 1.0
+    fsync_s: float = 5.0
+
+    def __post_init__(self) -> None:
+        _require(self.metrics_s > 0, "output.metrics_s must be above 0 seconds")
+        _require(self.fsync_s >= 0, "output.fsync_s must be 0 (never) or more seconds")
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything, resolved."""
+
+    rollout: RolloutConfig = RolloutConfig()
+    sampling: Sampling = Sampling()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    engine: EngineConfig = EngineConfig()
+    fleet: FleetConfig = FleetConfig()
+    output: OutputConfig = OutputConfig()
+
+
+Tree = dict[str, Any]
+
+
+def read_toml(path: Path) -> Tree:
+    """Read a TOML config file.
+
+    Raises:
+        ConfigError: It is missing or is not TOML; names the file.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read config {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {path} is not valid TOML: {error}") from error
+
+
+def parse_setting(text: str) -> Tree:
+    """One `a.b=value`; the value is TOML, or a bare string where it is not valid TOML."""
+    path, equals, value = text.partition("=")
+    if not equals or not re.fullmatch(r"[A-Za-z_][\w]*(\.[A-Za-z_][\w]*)+", path.strip()):
+        raise ConfigError(f"--set {text!r} must look like section.key=value, for example --set engine.kv_fraction=0.9")
+    try:
+        leaf: Any = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        leaf = value
+    for key in reversed(path.strip().split(".")):
+        leaf = {key: leaf}
+    return dict(leaf)
+
+
+def merge(*trees: Tree) -> Tree:
+    """Merge nested tables, later ones winning."""
+    merged: Tree = {}
+    for tree in trees:
+        for key, value in tree.items():
+            both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+            merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def resolve(*trees: Tree) -> Config:
+    """The config that the merged trees describe.
+
+    Raises:
+        ConfigError: A key is unknown or a value is wrong; names the key's path.
+    """
+    tree = merge(*trees)
+    for name in tree.get("sampling", {}):
+        if name in REFUSED:
+            raise ConfigError(f"sampling.{name} is not supported: {REFUSED[name]}")
+    try:
+        return msgspec.convert(tree, Config)
+    except msgspec.ValidationError as error:
+        raise ConfigError(_explain(error)) from error
+
+
+def _explain(error: msgspec.ValidationError) -> str:
+    message, _, where = str(error).partition(" - at `$")
+    section = where.rstrip("`").strip(".")
+    if match := re.search(r"unknown field `(.+?)`", message):
+        path = f"{section}.{match[1]}" if section else match[1]
+        return f"unknown config key {path!r}; `seer rollout --dry-run --json` prints every key there is"
+    return f"config key {section!r}: {message}"
+
+
+def to_toml_tree(config: Config) -> Tree:
+    """The resolved config as plain tables, for run.json and --dry-run."""
+    tree = msgspec.to_builtins(config)
+    assert isinstance(tree, dict)
+    return tree

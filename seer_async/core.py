@@ -1,0 +1,541 @@
+"""The core: a state machine from events to commands. No await, clock, random source, socket or logger inside.
+
+Invariants (checked by `invariants.check` after every event in tests):
+- every request is in exactly one state, and every RUNNING request has exactly one call in flight;
+- a reply is accepted only for the call that the request is waiting for, in the engine epoch it was sent to;
+- the `Record` of an accepted chunk comes before any later `Dispatch` of that request;
+- a response's tokens are of one weight version, unless they are marked;
+- each request ends in exactly one `Emit`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from seer_async.buffer import RequestBuffer
+from seer_async.context import Context
+from seer_async.errors import FailureKind
+from seer_async.events import (
+    AbortRequested,
+    Cancel,
+    ChunkFailed,
+    ChunkFinished,
+    Command,
+    Dispatch,
+    DrainRequested,
+    Emit,
+    EngineDown,
+    EngineReport,
+    EngineUp,
+    Event,
+    GroupAdded,
+    InputClosed,
+    Record,
+    Restored,
+    Stop,
+    Wake,
+    Woke,
+)
+from seer_async.instance import Instance
+from seer_async.policies import find_policy
+from seer_async.request import Group, Request, State
+from seer_async.sampling import call_params, mix_seed
+from seer_async.text import TextStream, whole_text
+from seer_async.types import Chunk, ChunkReply
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from tokenizers import Tokenizer
+
+    from seer_async.config import Config
+
+_BUSY_WAIT_S = 1.0  # when an engine says it is busy but not for how long
+_MOST_SKIPPED = 8  # requests set aside in one cycle because the only engines that may take them are full
+
+
+class Call(msgspec.Struct):
+    """A call in flight: what its reply must match."""
+
+    id: int
+    request: Request
+    instance: Instance
+    epoch: int
+    n: int
+    generated: int
+    max_tokens: int
+    weight_version: str
+    start: float
+
+
+class Core:
+    """All decisions of a rollout.
+
+    `run` names the run; `tokenizer` decides text and stop strings (None: no text); `lengths` are true lengths
+    by request id, for policies that need them. Feed events to `handle` and execute what it returns, in order.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        engines: Sequence[str],
+        *,
+        run: str,
+        seed: int,
+        tokenizer: Tokenizer | None = None,
+        lengths: Mapping[str, int] | None = None,
+    ) -> None:
+        self.config = config
+        self.run = run
+        self.seed = seed
+        self.context = Context()
+        self.policy = find_policy(config.scheduler.policy)(config.scheduler, self.context, lengths)
+        self.buffer = RequestBuffer(self.policy)
+        self.instances = {name: Instance(name, config.engine) for name in engines}
+        self.calls: dict[int, Call] = {}
+        self.stopped: str | None = None
+        self.closing: str | None = None
+        self.retries = 0
+        self.migrations = 0
+        self.restarts = 0
+        self._tokenizer = tokenizer
+        self._next_call = 0
+        self._input_closed = False
+        self._usable_at: float | None = None  # last time an engine could take calls
+        self._woken_at: float | None = None
+        self._out: list[Command] = []
+        self._now = 0.0
+
+    def handle(self, event: Event, now: float) -> list[Command]:
+        """Take in one event that happened at `now`; returns the commands to execute, in order."""
+        self._now = now
+        self._out = []
+        if self.stopped is None:
+            self._take(event)
+            self._schedule()
+            self._settle()
+        return self._out
+
+    def _take(self, event: Event) -> None:  # noqa: C901 - one arm for each event
+        match event:
+            case ChunkFinished():
+                self._chunk_finished(event)
+            case ChunkFailed():
+                self._chunk_failed(event)
+            case EngineReport():
+                self._observe(event)
+            case GroupAdded():
+                self._add(event)
+            case Restored():
+                self._restore(event)
+            case EngineUp():
+                self._engine_up(event)
+            case EngineDown():
+                self._engine_down(event.engine, event.reason)
+            case DrainRequested():
+                self.closing = self.closing or "drained"
+            case AbortRequested():
+                self.closing = "aborted"
+                self._cancel_all()
+            case InputClosed():
+                self._input_closed = True
+            case Woke():
+                self._woken_at = None
+                self.buffer.unpark()
+
+    # Prompts in
+
+    def _add(self, event: GroupAdded) -> None:
+        assert event.prompt.id not in self.buffer.groups, f"group {event.prompt.id} is added twice"
+        group = Group(event.prompt, len(self.buffer.groups), event.limit)
+        for index in range(event.n):
+            forced = event.forced_lengths[index] if event.forced_lengths else None
+            seed = mix_seed(self.seed, _digest(group.id), index)
+            group.requests.append(Request(group, index, seed, self._now, forced))
+        self.buffer.add(group)
+
+    def _restore(self, event: Restored) -> None:
+        record = event.record
+        request = self.buffer.requests[record.request]
+        if record.chunk is None:
+            request.restart()
+            self.buffer.wait(request, self._now)
+            return
+        request.accept(_reply_of(record), record.chunk)
+        request.version = record.chunk.weight_version
+        request.mixed = request.mixed or record.mixed
+        if request.first_start is None:
+            request.first_start = record.chunk.start
+        self.context.observe(request)
+        if record.finish_reason is None:
+            self.buffer.wait(request, self._now)  # its place in the queue depends on what it has generated
+            return
+        request.finish_reason, request.stop_reason = record.finish_reason, record.stop_reason
+        self._finish(request, emit=not event.emitted)
+
+    # Engines
+
+    def _engine_up(self, event: EngineUp) -> None:
+        instance = self.instances[event.engine]
+        if instance.up:
+            self._engine_down(event.engine, "restarted")
+        instance.start_epoch(event.info)
+        self.buffer.unpark()
+
+    def _engine_down(self, name: str, reason: str) -> None:
+        for call in self.instances[name].lost(reason):
+            self._out.append(Cancel(call=call, engine=name, abort=False))
+            self._put_back(self.calls.pop(call).request)
+        self.buffer.unpark()
+
+    def _observe(self, event: EngineReport) -> None:
+        instance = self.instances[event.engine]
+        if not instance.up or instance.info is None or event.stats.boot != instance.info.boot:
+            return  # a report of another epoch says nothing about this one
+        instance.observe(event.stats)
+        version = event.stats.weight_version
+        if version is not None and version != instance.version:
+            instance.version = version
+            self.buffer.unpark()
+
+    # Replies
+
+    def _chunk_failed(self, event: ChunkFailed) -> None:
+        call = self._close(event.call)
+        if call is None:
+            return
+        request, instance = call.request, call.instance
+        self.retries += 1
+        if event.kind is FailureKind.BUSY:
+            instance.close_for(event.retry_after or _BUSY_WAIT_S, self._now)
+        elif event.kind is FailureKind.REJECTED:
+            request.rejected_by.add(instance.name)
+        else:
+            request.failures += 1
+            request.avoid = instance.name
+            instance.failed(event.message, self._now)
+        if self._hopeless(request):
+            self._fail(request, f"{event.kind}: {event.message}")
+        else:
+            self._put_back(request)
+
+    def _hopeless(self, request: Request) -> bool:
+        ups = sum(instance.up for instance in self.instances.values())
+        return len(request.rejected_by) >= min(2, max(ups, 1)) or request.failures >= self.config.rollout.max_attempts
+
+    def _chunk_finished(self, event: ChunkFinished) -> None:
+        call = self._close(event.call)
+        if call is None:
+            return
+        request, reply = call.request, event.reply
+        call.instance.succeeded()
+        assert request.generated == call.generated, "a request's tokens change only through its call"
+        version, mixed = self._version_of(call, reply)
+        if mixed and self.config.rollout.mixed_versions == "restart":
+            self._restart(request)
+            return
+        reply, stop = self._cut_at_stop(request, reply)
+        chunk = Chunk(
+            n=call.n,
+            tokens=len(reply.token_ids),
+            engine=call.instance.name,
+            epoch=call.epoch,
+            weight_version=version,
+            attempt=request.attempt,
+            queued=request.queued,
+            start=call.start,
+            end=self._now,
+        )
+        self.migrations += request.last_engine not in {None, chunk.engine}
+        request.accept(reply, chunk)
+        request.version, request.mixed = version, request.mixed or mixed
+        request.failures, request.avoid = 0, None
+        request.rejected_by.clear()
+        call.instance.generated += chunk.tokens
+        request.finish_reason, request.stop_reason = stop or self._ending(request, reply)
+        self._out.append(_record_of(request, reply, chunk))
+        self.context.observe(request)
+        self.policy.learned(request)
+        if request.finish_reason:
+            self._finish(request)
+        else:
+            self.buffer.wait(request, self._now)
+
+    def _version_of(self, call: Call, reply: ChunkReply) -> tuple[str, bool]:
+        """The weight version of the reply's last token, and whether the response now mixes versions."""
+        versions = [span.version for span in reply.versions if span.end > span.start]
+        if not versions:
+            versions = [call.weight_version, call.instance.version]
+        last = versions[-1]
+        if last != call.weight_version == call.instance.version:  # the reply knows before the telemetry does
+            call.instance.version = last
+            self.buffer.unpark()
+        before = call.request.version or versions[0]
+        return last, any(version != before for version in versions)
+
+    def _cut_at_stop(self, request: Request, reply: ChunkReply) -> tuple[ChunkReply, tuple[str, str] | None]:
+        """The reply up to the token that completes a stop string, if one does."""
+        sampling = self.config.sampling
+        if not sampling.stop or self._tokenizer is None:
+            return reply, None
+        if request.text is None:
+            request.text = self._replayed(request)
+        if (match := request.text.push(self._shown(reply))) is None:
+            return reply, None
+        kept = match.tokens - request.generated
+        return _truncated(reply, kept), ("stop", match.stop)
+
+    def _replayed(self, request: Request) -> TextStream:
+        assert self._tokenizer is not None
+        stream = TextStream(self._tokenizer, self.config.sampling, request.group.prompt.token_ids or [])
+        stream.push(request.tokens)
+        return stream
+
+    def _shown(self, reply: ChunkReply) -> list[int]:
+        hidden = _ended_by_token(reply) and not self.config.sampling.include_stop_str_in_output
+        return reply.token_ids[:-1] if hidden else reply.token_ids
+
+    def _ending(self, request: Request, reply: ChunkReply) -> tuple[str | None, int | str | None]:
+        """Finish reason and stop reason, or None and None while the response goes on.
+
+        A chunk's own "length" or "abort" never ends a response; neither does a stop string that only the engine saw.
+        """
+        if _ended_by_token(reply):
+            return "stop", reply.stop_reason
+        if request.forced_length is not None and request.generated >= request.forced_length:
+            return "stop", "forced"
+        if request.generated >= request.group.limit:
+            return "length", None
+        return None, None
+
+    def _close(self, call_id: int) -> Call | None:
+        """Take a call out of flight; None if its request is not waiting for it any more."""
+        call = self.calls.pop(call_id, None)
+        if call is not None:
+            assert call.request.call == call_id
+            assert call.epoch == call.instance.epoch
+            call.instance.release(call_id)
+        return call
+
+    # Ends
+
+    def _put_back(self, request: Request) -> None:
+        self.buffer.wait(request, self._now)
+
+    def _restart(self, request: Request) -> None:
+        self.restarts += 1
+        request.restart()
+        self._out.append(Record(request=request.id))
+        self._put_back(request)
+
+    def _fail(self, request: Request, error: str) -> None:
+        request.finish_reason, request.error = "error", error
+        self.buffer.end(request, State.FAILED)
+        self._emit(request)
+
+    def _finish(self, request: Request, *, emit: bool = True) -> None:
+        self.context.finish(request)
+        self.policy.learned(request)
+        self.buffer.end(request, State.DONE)
+        if emit:
+            self._emit(request)
+
+    def _emit(self, request: Request) -> None:
+        sample = request.sample(run=self.run, now=self._now, text=self._text(request), on_policy=self.policy.unbiased)
+        self._out.append(Emit(sample=sample))
+
+    def _text(self, request: Request) -> str | None:
+        if self._tokenizer is None:
+            return None
+        if request.text is not None:
+            return request.text.text
+        ended_by_token = request.finish_reason == "stop" and not isinstance(request.stop_reason, str)
+        prompt = request.group.prompt.token_ids or []
+        return whole_text(self._tokenizer, self.config.sampling, prompt, request.tokens, ended_by_token=ended_by_token)
+
+    # Scheduling
+
+    def _schedule(self) -> None:
+        usable = sum(instance.usable(self._now) for instance in self.instances.values())
+        if usable or self._usable_at is None:
+            self._usable_at = self._now
+        if self.closing or not usable:
+            return
+        skipped: list[Request] = []
+        while (request := self.policy.choose()) is not None:
+            tokens = request.length + self._chunk_bound(request)
+            instances = self._candidates(request, tokens)
+            if not instances:
+                self._no_candidate(request, tokens)
+            elif instance := self.policy.place(request, tokens, instances):
+                self._dispatch(request, instance, tokens)
+            elif len(instances) < usable and len(skipped) < _MOST_SKIPPED:
+                self.buffer.park(request)  # bound to engines that are full; others may still use the rest
+                skipped.append(request)
+            else:
+                break  # no room: what goes first waits for it
+        self.buffer.unpark(skipped)
+
+    def _candidates(self, request: Request, tokens: int) -> list[Instance]:
+        """Engines that may take the request, whether they have room now or not; never the one that just failed it."""
+        fit = [
+            instance
+            for instance in self.instances.values()
+            if instance.usable(self._now)
+            and self._version_fits(request, instance)
+            and instance.could_hold(tokens)
+            and instance.name not in request.rejected_by
+        ]
+        return [instance for instance in fit if instance.name != request.avoid] or fit
+
+    def _version_fits(self, request: Request, instance: Instance) -> bool:
+        return (
+            request.version is None
+            or request.version == instance.version
+            or self.config.rollout.mixed_versions == "mark"
+        )
+
+    def _no_candidate(self, request: Request, tokens: int) -> None:
+        """Nobody may take the request now: begin it again, give it up, or set it aside until the fleet changes."""
+        ups = [instance for instance in self.instances.values() if instance.up]
+        if request.version is not None and all(instance.version != request.version for instance in ups):
+            self._restart(request)
+        elif len(ups) == len(self.instances) and not any(instance.could_hold(tokens) for instance in ups):
+            self._fail(request, f"too long: a sequence of {tokens} tokens does not fit any engine's KV cache")
+        else:
+            self.buffer.park(request)
+
+    def _chunk_bound(self, request: Request) -> int:
+        """The most tokens the next chunk may add, as far as a policy may know."""
+        size = self.config.rollout.chunk_size
+        return min(size, request.remaining) if size and self.policy.divided else request.remaining
+
+    def _dispatch(self, request: Request, instance: Instance, tokens: int) -> None:
+        self._next_call += 1
+        most = self._chunk_bound(request)
+        if request.forced_length is not None:
+            most = max(1, min(most, request.forced_length - request.generated))
+        call = Call(
+            id=self._next_call,
+            request=request,
+            instance=instance,
+            epoch=instance.epoch,
+            n=len(request.chunks),
+            generated=request.generated,
+            max_tokens=most,
+            weight_version=instance.version,
+            start=self._now,
+        )
+        self.calls[call.id] = call
+        instance.dispatch(call.id, tokens)
+        request.attempt += 1
+        if request.first_start is None:
+            request.first_start = self._now
+        self.buffer.run(request, call.id)
+        self._out.append(self._dispatch_command(call))
+
+    def _dispatch_command(self, call: Call) -> Dispatch:
+        request = call.request
+        return Dispatch(
+            call=call.id,
+            engine=call.instance.name,
+            epoch=call.epoch,
+            request=request.id,
+            prefix=request.prefix(),
+            params=call_params(
+                self.config.sampling,
+                seed=request.seed,
+                prompt_len=request.group.prompt_len,
+                generated=request.generated,
+                max_tokens=call.max_tokens,
+                position_seeds=call.instance.position_seeds,
+                ignore_eos=request.forced_length is not None,
+            ),
+            max_tokens=call.max_tokens,
+            weight_version=call.weight_version,
+        )
+
+    # Ending the run
+
+    def _cancel_all(self) -> None:
+        for call in list(self.calls.values()):
+            self._out.append(Cancel(call=call.id, engine=call.instance.name))
+            self._close(call.id)
+            self._put_back(call.request)
+
+    def _settle(self) -> None:
+        """Stop when nothing more can happen, else ask to be woken when time alone may change something."""
+        if self._input_closed and not self.buffer.open and not self.calls:
+            self._stop("done")
+        elif (
+            self._input_closed and self.buffer.open and self.policy.enough(self.buffer.ended, len(self.buffer.requests))
+        ):
+            self._cancel_all()
+            for request in self.buffer.unfinished():
+                self._emit(request)
+            self._stop("done")
+        elif self.closing and not self.calls:
+            self._stop(self.closing)
+        else:
+            self._wake_when_needed()
+
+    def _wake_when_needed(self) -> None:
+        closed = [i.closed_until for i in self.instances.values() if i.up and i.closed_until > self._now]
+        due = closed
+        if self._usable_at is not None and self._usable_at < self._now:
+            end = self._usable_at + self.config.engine.patience_s
+            if self._now >= end:
+                self._stop("no_engine")
+                return
+            due.append(end)
+        if due and (self._woken_at is None or min(due) < self._woken_at):
+            self._woken_at = min(due)
+            self._out.append(Wake(at=self._woken_at))
+
+    def _stop(self, reason: str) -> None:
+        self.stopped = reason
+        self._out.append(Stop(reason=reason))
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+
+
+def _ended_by_token(reply: ChunkReply) -> bool:
+    """Whether the model's end-of-sequence token or a stop token id ended the response."""
+    return reply.finish_reason == "stop" and not isinstance(reply.stop_reason, str)
+
+
+def _truncated(reply: ChunkReply, tokens: int) -> ChunkReply:
+    return ChunkReply(
+        token_ids=reply.token_ids[:tokens],
+        logprobs=reply.logprobs[:tokens],
+        top_logprobs=reply.top_logprobs[:tokens] if reply.top_logprobs is not None else None,
+        finish_reason="stop",
+        versions=reply.versions,
+    )
+
+
+def _record_of(request: Request, reply: ChunkReply, chunk: Chunk) -> Record:
+    return Record(
+        request=request.id,
+        chunk=chunk,
+        token_ids=reply.token_ids,
+        logprobs=reply.logprobs,
+        top_logprobs=reply.top_logprobs,
+        finish_reason=request.finish_reason,
+        stop_reason=request.stop_reason,
+        mixed=request.mixed,
+    )
+
+
+def _reply_of(record: Record) -> ChunkReply:
+    return ChunkReply(
+        token_ids=record.token_ids,
+        logprobs=record.logprobs,
+        top_logprobs=record.top_logprobs,
+        finish_reason="length",
+    )

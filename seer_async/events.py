@@ -1,0 +1,161 @@
+"""Events go into the core, commands come out of it; both are plain data.
+
+Invariant: everything that can change a decision arrives as an event with the time at which it happened, so the same
+events give the same commands under a live fleet, a virtual clock and a replay.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from seer_async.errors import FailureKind
+from seer_async.types import Chunk, ChunkReply, EngineInfo, EngineStats, Prompt, Sample, TopLogprob
+
+# Events
+
+
+class GroupAdded(msgspec.Struct, frozen=True, kw_only=True):
+    """A tokenised prompt wants `n` responses.
+
+    `limit` is the most tokens of each; `forced_lengths`, by index, end responses there whatever the model says.
+    """
+
+    prompt: Prompt
+    n: int
+    limit: int
+    forced_lengths: tuple[int, ...] | None = None
+
+
+class InputClosed(msgspec.Struct, frozen=True, kw_only=True):
+    """No more groups will come: the run is done when all requests are."""
+
+
+class Restored(msgspec.Struct, frozen=True, kw_only=True):
+    """A journal of an earlier run holds this record; comes after its `GroupAdded` and before any engine is up."""
+
+    record: Record
+    emitted: bool = False
+
+
+class ChunkFinished(msgspec.Struct, frozen=True, kw_only=True):
+    """An engine answered a call, and the reply is well-formed."""
+
+    call: int
+    reply: ChunkReply
+
+
+class ChunkFailed(msgspec.Struct, frozen=True, kw_only=True):
+    """A call brought nothing."""
+
+    call: int
+    kind: FailureKind
+    message: str
+    retry_after: float | None = None
+
+
+class EngineUp(msgspec.Struct, frozen=True, kw_only=True):
+    """An engine answers, and a first short generation on it worked."""
+
+    engine: str
+    info: EngineInfo
+
+
+class EngineDown(msgspec.Struct, frozen=True, kw_only=True):
+    """An engine does not answer any more; whatever was in flight there is lost."""
+
+    engine: str
+    reason: str
+
+
+class EngineReport(msgspec.Struct, frozen=True, kw_only=True):
+    """A reading of an engine's telemetry."""
+
+    engine: str
+    stats: EngineStats
+
+
+class Woke(msgspec.Struct, frozen=True, kw_only=True):
+    """The time asked for by a `Wake` has come."""
+
+
+class DrainRequested(msgspec.Struct, frozen=True, kw_only=True):
+    """Finish what is in flight, start nothing."""
+
+
+class AbortRequested(msgspec.Struct, frozen=True, kw_only=True):
+    """Drop what is in flight and stop."""
+
+
+Event = (
+    GroupAdded
+    | InputClosed
+    | Restored
+    | ChunkFinished
+    | ChunkFailed
+    | EngineUp
+    | EngineDown
+    | EngineReport
+    | Woke
+    | DrainRequested
+    | AbortRequested
+)
+
+
+# Commands
+
+
+class Dispatch(msgspec.Struct, frozen=True, kw_only=True):
+    """Send a call: continue `prefix` for at most `max_tokens` tokens."""
+
+    call: int
+    engine: str
+    epoch: int
+    request: str
+    prefix: list[int]
+    params: dict[str, Any]
+    max_tokens: int
+    weight_version: str
+
+
+class Cancel(msgspec.Struct, frozen=True, kw_only=True):
+    """Give up a call in flight, also on the engine when `abort` is set."""
+
+    call: int
+    engine: str
+    abort: bool = True
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """Must be in the journal before any later command is executed: one accepted chunk, or a restart (`chunk` None)."""
+
+    request: str
+    chunk: Chunk | None = None
+    token_ids: list[int] = []
+    logprobs: list[float] = []
+    top_logprobs: list[list[TopLogprob]] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    mixed: bool = False
+
+
+class Emit(msgspec.Struct, frozen=True, kw_only=True):
+    """A sample is finished, for better or worse."""
+
+    sample: Sample
+
+
+class Wake(msgspec.Struct, frozen=True, kw_only=True):
+    """Send `Woke` at this time."""
+
+    at: float
+
+
+class Stop(msgspec.Struct, frozen=True, kw_only=True):
+    """Nothing more will happen: "done", "drained", "aborted" or "no_engine"."""
+
+    reason: str
+
+
+Command = Dispatch | Cancel | Record | Emit | Wake | Stop

@@ -1,0 +1,150 @@
+"""An instance: what the core knows of one engine, and the KV room it still has for us.
+
+Invariants: `reserved` is the sum of the bounds of the calls in flight; a chunk is admitted only where its bound
+fits, so an engine never has to preempt for us; `in_flight` holds exactly the calls dispatched in the current epoch and not
+yet answered.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from seer_async.sampling import POSITION_SEEDS
+
+if TYPE_CHECKING:
+    from seer_async.config import EngineConfig
+    from seer_async.types import EngineInfo, EngineStats
+
+_SPARE_BLOCKS = 1  # vLLM keeps one block for itself
+_PREEMPTION_CUT = 0.9  # trust this much less of an engine's KV after each preemption it reports
+_LEAST_TRUST = 0.3
+
+
+class Instance:
+    """One engine, through all its epochs."""
+
+    def __init__(self, name: str, config: EngineConfig) -> None:
+        self.name = name
+        self.config = config
+        self.up = False
+        self.epoch = 0
+        self.info: EngineInfo | None = None
+        self.stats: EngineStats | None = None
+        self.version = "unknown"
+        self.in_flight: dict[int, int] = {}  # call -> blocks reserved
+        self.reserved = 0
+        self.generated = 0  # tokens accepted from this engine, in all epochs
+        self.failures = 0  # in a row
+        self.ejections = 0  # in a row
+        self.closed_until = 0.0  # on the run's clock; no dispatch before
+        self.half_open = False  # one call at a time until one succeeds
+        self.last_error: str | None = None
+        self._foreign = 0  # blocks used by others
+        self._peak_reserved = 0
+        self._trust = 1.0
+
+    def start_epoch(self, info: EngineInfo) -> None:
+        """The engine answers, as a new process or again after silence."""
+        assert not self.in_flight, "calls of the old epoch are lost before a new one starts"
+        self.up = True
+        self.epoch += 1
+        self.info = info
+        self.stats = None
+        self.version = info.weight_version
+        self.failures = self.ejections = 0
+        self.closed_until = 0.0
+        self.half_open = False
+        self._foreign = self._peak_reserved = 0
+
+    def observe(self, stats: EngineStats) -> None:
+        """Take in one reading of the engine's telemetry."""
+        if self.stats is not None and stats.preemptions > self.stats.preemptions:
+            self._trust = max(_LEAST_TRUST, self._trust * _PREEMPTION_CUT)
+        self.stats = stats
+        self._foreign = max(0, round(stats.kv_used * self._usable) - self._peak_reserved)
+        self._peak_reserved = self.reserved
+
+    @property
+    def _usable(self) -> int:
+        return max(0, self.info.num_blocks - _SPARE_BLOCKS) if self.info else 0
+
+    @property
+    def capacity(self) -> int:
+        """KV blocks that calls of ours may reserve together."""
+        return int(self._usable * self.config.kv_fraction * self._trust) - self._foreign
+
+    @property
+    def free(self) -> int:
+        """KV blocks not yet reserved; negative when an undivided policy has overbooked the engine."""
+        return self.capacity - self.reserved
+
+    @property
+    def slots(self) -> int:
+        """The most calls in flight."""
+        if self.half_open:
+            return 1
+        seqs = self.info.max_num_seqs if self.info and self.info.max_num_seqs else self.config.max_in_flight
+        return min(seqs, self.config.max_in_flight)
+
+    @property
+    def position_seeds(self) -> bool:
+        """Whether seeded noise depends on the position alone."""
+        return self.info is not None and POSITION_SEEDS in self.info.capabilities
+
+    def blocks(self, tokens: int) -> int:
+        """KV blocks that a sequence of `tokens` occupies."""
+        assert self.info is not None
+        return -(-tokens // self.info.block_size)
+
+    def usable(self, now: float) -> bool:
+        """Whether calls may be sent at all."""
+        return self.up and now >= self.closed_until
+
+    def has_room(self, tokens: int) -> bool:
+        """Whether a chunk that ends with a sequence of at most `tokens` may be admitted now."""
+        return len(self.in_flight) < self.slots and self.blocks(tokens) <= self.free
+
+    def could_hold(self, tokens: int) -> bool:
+        """Whether such a chunk would fit an otherwise empty engine."""
+        return self.blocks(tokens) <= self._usable
+
+    def dispatch(self, call: int, tokens: int) -> None:
+        """Reserve room for a call."""
+        blocks = self.blocks(tokens)
+        self.in_flight[call] = blocks
+        self.reserved += blocks
+        self._peak_reserved = max(self._peak_reserved, self.reserved)
+
+    def release(self, call: int) -> None:
+        """Give back a call's room; unknown calls are of an earlier epoch."""
+        self.reserved -= self.in_flight.pop(call, 0)
+
+    def succeeded(self) -> None:
+        """A call was answered well."""
+        self.failures = self.ejections = 0
+        self.half_open = False
+
+    def failed(self, error: str, now: float) -> None:
+        """A call failed through the engine's fault; enough in a row close the engine for a growing while."""
+        self.last_error = error
+        if now < self.closed_until:
+            return  # calls sent before it was closed fail together; they are one incident
+        self.failures += 1
+        if self.failures >= self.config.eject_after or self.half_open:
+            self.close_for(min(self.config.eject_max_s, self.config.eject_s * 2**self.ejections), now)
+            self.ejections += 1
+            self.failures = 0
+            self.half_open = True
+
+    def close_for(self, seconds: float, now: float) -> None:
+        """Send nothing for a while."""
+        self.closed_until = max(self.closed_until, now + seconds)
+
+    def lost(self, reason: str) -> list[int]:
+        """The engine is gone; returns the calls that went with it."""
+        calls = list(self.in_flight)
+        self.up = False
+        self.last_error = reason
+        self.in_flight.clear()
+        self.reserved = 0
+        return calls

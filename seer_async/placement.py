@@ -1,0 +1,37 @@
+"""Choosing an engine by KV room.
+
+Invariant: only an engine with room for the whole chunk is chosen, so engines never preempt for us.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from seer_async.instance import Instance
+
+
+def most_room(tokens: int, instances: Sequence[Instance], last: str | None, affinity: float) -> Instance | None:
+    """The engine with the most free KV, or the one that ran the previous chunk while that costs no balance.
+
+    Continuing on the engine `last`, whose prefix cache may still hold the request, saves a prefill; it is preferred
+    as long as its load would be at most (1 + affinity) times that of the emptiest engine. The comparison is relative,
+    so requests spread out most eagerly in the tail, where a less loaded engine is faster and few are left to move.
+    """
+    best: Instance | None = None
+    best_load = 0.0
+    home: Instance | None = None
+    home_load = 0.0
+    for instance in instances:
+        if not instance.has_room(tokens):
+            continue
+        load = (instance.reserved + instance.blocks(tokens)) / instance.capacity
+        if instance.name == last:
+            home, home_load = instance, load
+        if best is None or load < best_load:
+            best, best_load = instance, load
+    if home is not None and home_load <= best_load * (1 + affinity):
+        return home
+    return best

@@ -1,0 +1,159 @@
+"""Values that travel between the parts: prompts, replies, provenance, finished samples.
+
+Everything here is plain data. A `Prompt` and a `Sample` are what enters and leaves a run; a `ChunkReply` is what
+an engine said; a `Chunk` is the record of one accepted chunk. Times are Unix seconds (on a virtual clock, seconds since
+its start), so those of a resumed run line up with those before it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+
+class Message(msgspec.Struct, frozen=True):
+    """One chat message."""
+
+    role: str
+    content: str
+
+
+class Prompt(msgspec.Struct, frozen=True, kw_only=True):
+    """One dataset line: what a group's requests all start from.
+
+    Exactly one of `text`, `messages` and `token_ids` is given by the user; `token_ids` is filled in by
+    tokenising through an engine before the prompt reaches the core.
+    """
+
+    id: str
+    text: str | None = None
+    messages: list[Message] | None = None
+    token_ids: list[int] | None = None
+    extra: dict[str, Any] | None = None
+
+
+class TopLogprob(msgspec.Struct, frozen=True):
+    """One alternative at one position."""
+
+    token_id: int
+    logprob: float
+
+
+class VersionSpan(msgspec.Struct, frozen=True):
+    """`version` sampled the tokens [start, end) of a reply."""
+
+    version: str
+    start: int
+    end: int
+
+
+class ChunkReply(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine answered to one call; checked against the call before it gets here.
+
+    `token_ids`, `logprobs` and (when asked for) `top_logprobs` have one entry per generated token.
+    `finish_reason` is "stop", "length" or "abort"; `stop_reason` is a stop string or a stop token id, and
+    None when the model's own end-of-sequence token ended the response. `versions` is empty when the engine
+    does not say which weights sampled which token.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    top_logprobs: list[list[TopLogprob]] | None = None
+    finish_reason: str
+    stop_reason: int | str | None = None
+    versions: tuple[VersionSpan, ...] = ()
+
+
+class Chunk(msgspec.Struct, frozen=True, kw_only=True):
+    """Provenance of one accepted chunk.
+
+    `n` counts the chunks of one response from 0; `tokens` of them were accepted. `queued` is when the request
+    entered the Request Buffer, `start` when the call left, `end` when its reply was accepted. `attempt` counts the
+    calls made for this chunk from 1.
+    """
+
+    n: int
+    tokens: int
+    engine: str
+    epoch: int
+    weight_version: str
+    attempt: int
+    queued: float
+    start: float
+    end: float
+
+
+class Timings(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a sample's time went, in seconds. `queued + generating` is less than `total` when calls failed."""
+
+    submitted: float
+    first_start: float
+    finished: float
+    total: float
+    queued: float
+    generating: float
+
+
+class Sample(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of samples.jsonl: self-contained, and of the same shape whether it succeeded or failed.
+
+    `finish_reason` is "stop", "length", "unfinished" (stopped early by an off-policy policy) or "error".
+    `on_policy` is False when tokens of several weight versions were mixed, or when the policy that chose which samples
+    to finish biases the set.
+    """
+
+    id: str
+    group: str
+    index: int
+    prompt: str | None
+    messages: list[Message] | None
+    prompt_token_ids: list[int]
+    token_ids: list[int]
+    text: str | None
+    logprobs: list[float]
+    top_logprobs: list[list[TopLogprob]] | None
+    finish_reason: str
+    stop_reason: str | None
+    error: str | None
+    seed: int
+    weight_version: str | None
+    on_policy: bool
+    chunks: list[Chunk]
+    timings: Timings
+    extra: dict[str, Any] | None
+    run: str
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine is, learned when it is attached; constant during one epoch, except the weight version.
+
+    `boot` identifies the process: a changed value is a new epoch. `num_blocks` KV blocks of `block_size` tokens.
+    """
+
+    boot: str
+    model: str
+    root: str | None = None
+    max_model_len: int
+    block_size: int
+    num_blocks: int
+    max_num_seqs: int | None = None
+    vocab_size: int | None = None
+    logprobs_mode: str | None = None
+    weight_version: str = "unknown"
+    capabilities: frozenset[str] = frozenset()
+    dialect: str = "generate"
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """One reading of an engine's telemetry. Counters are totals since the engine's start; `kv_used` is in [0, 1]."""
+
+    boot: str
+    running: int
+    waiting: int
+    kv_used: float
+    preemptions: int
+    generated_tokens: int
+    prompt_tokens: int
+    cached_tokens: int
+    weight_version: str | None = None
