@@ -47,8 +47,10 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """The scheduling policy and its knobs.
 
     `probes` requests of each group run first. One of `fairness` decisions goes to the request that has waited
-    longest. `affinity` is how much fuller, relatively, the engine that holds a request's prefix may be before the request moves away.
-    `lengths` is a file of true lengths, for the oracle and for forced lengths. `over_issue` is the policy `partial`'s.
+    longest. `affinity` is how much fuller, relatively, the engine that holds a request's prefix may be before the
+    request moves away. `lengths` is a file of true lengths (a samples.jsonl of an earlier run), for the oracle; with
+    `force_lengths` every response is ended at its length there, so that policies can be compared on the same work.
+    `over_issue` is the policy `partial`'s.
     """
 
     policy: str = "seer"
@@ -56,6 +58,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     fairness: int = 32
     affinity: float = 0.25
     lengths: str | None = None
+    force_lengths: bool = False
     over_issue: float = 2.0
 
     def __post_init__(self) -> None:
@@ -68,9 +71,10 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How engines are called and watched. Times in seconds.
 
-    `kv_fraction` of an engine's KV is ours to fill. `eject_after` failures in a row close an engine for `eject_s`, doubling
-    up to `eject_max_s`. `patience_s` without any usable engine end the run with exit code 4. `api_key_env` names the
-    environment variable that holds the engines' API key.
+    `kv_fraction` of an engine's KV is ours to fill. `eject_after` failures in a row close an engine for `eject_s`,
+    doubling up to `eject_max_s`. `silent_after` readings missed in a row mean that it is gone. `patience_s` without any
+    usable engine end the run with exit code 4. `api_key_env` names the environment variable that holds the engines'
+    API key.
     """
 
     max_in_flight: int = 1024
@@ -104,8 +108,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The engines: URLs of running ones, or how to start local ones.
 
-    `engines` local vLLM servers are started when no `servers` are given. `model` is a folder or hub name for local engines (the
-    default is the small model that Seer fetches by itself); `tokenizer` overrides where text is decoded with.
+    `engines` local vLLM servers are started when no `servers` are given. `model` is a folder or hub name for local
+    engines (the default is the small model that Seer fetches by itself); `tokenizer` names a folder with tokenizer.json
+    where engines do not give theirs.
     """
 
     servers: list[str] = []

@@ -187,7 +187,7 @@ class Core:
 
     def _engine_down(self, name: str, reason: str) -> None:
         for call in self.instances[name].lost(reason):
-            self._out.append(Cancel(call=call, engine=name, abort=False))
+            self._out.append(Cancel(call=call, engine=name))
             self._put_back(self.calls.pop(call).request)
         self.buffer.unpark()
 
@@ -342,10 +342,13 @@ class Core:
         self.buffer.end(request, State.DONE)
         if emit:
             self._emit(request)
+        else:
+            request.drop_tokens()
 
     def _emit(self, request: Request) -> None:
         sample = request.sample(run=self.run, now=self._now, text=self._text(request), on_policy=self.policy.unbiased)
         self._out.append(Emit(sample=sample))
+        request.drop_tokens()
 
     def _text(self, request: Request) -> str | None:
         if self._tokenizer is None:

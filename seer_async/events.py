@@ -120,11 +120,10 @@ class Dispatch(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Cancel(msgspec.Struct, frozen=True, kw_only=True):
-    """Give up a call in flight, also on the engine when `abort` is set."""
+    """Give up a call in flight. Closing its connection makes the engine stop working for it."""
 
     call: int
     engine: str
-    abort: bool = True
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):

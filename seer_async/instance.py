@@ -1,8 +1,8 @@
 """An instance: what the core knows of one engine, and the KV room it still has for us.
 
 Invariants: `reserved` is the sum of the bounds of the calls in flight; a chunk is admitted only where its bound
-fits, so an engine never has to preempt for us; `in_flight` holds exactly the calls dispatched in the current epoch and not
-yet answered.
+fits, so an engine never has to preempt for us; `in_flight` holds exactly the calls dispatched in the current epoch and
+not yet answered.
 """
 
 from __future__ import annotations

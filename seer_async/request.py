@@ -1,8 +1,8 @@
 """A group and its requests: the state the core owns.
 
 Invariants: a request is in exactly one `State`; `tokens` only grows, except when the whole request is restarted;
-`tokens` is the concatenation of its accepted chunks; `call` is set exactly while the request is RUNNING. Only the
-core (through `RequestBuffer`) changes a request.
+`tokens` is the concatenation of its accepted chunks until it is emitted, and `generated` their number; `call` is set
+exactly while the request is RUNNING. Only the core (through `RequestBuffer`) changes a request.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ class Request:
         "finish_reason",
         "first_start",
         "forced_length",
+        "generated",
         "group",
         "id",
         "index",
@@ -108,6 +109,7 @@ class Request:
         self._clear()
 
     def _clear(self) -> None:
+        self.generated = 0
         self.tokens = array("i")
         self.logprobs = array("d")
         self.top_logprobs: list[list[TopLogprob]] = []
@@ -116,34 +118,30 @@ class Request:
         self.version: str | None = None
         self.attempt = 0
 
+    def drop_tokens(self) -> None:
+        """Free the memory of a request that has been emitted; how much it generated stays known."""
+        generated, version = self.generated, self.version
+        self._clear()
+        self.generated, self.version = generated, version
+
     def restart(self) -> None:
         """Forget every token: the response begins again from its prompt."""
         self._clear()
 
     @property
-    def generated(self) -> int:
-        """Accepted tokens."""
-        return len(self.tokens)
-
-    @property
     def length(self) -> int:
         """Tokens of the whole sequence: prompt and accepted tokens."""
-        return self.group.prompt_len + len(self.tokens)
+        return self.group.prompt_len + self.generated
 
     @property
     def remaining(self) -> int:
         """The most tokens that may still be generated, as far as a policy may know."""
-        return self.group.limit - len(self.tokens)
+        return self.group.limit - self.generated
 
     @property
     def last_engine(self) -> str | None:
         """The engine of the latest chunk, whose prefix cache may still hold this request."""
         return self.chunks[-1].engine if self.chunks else None
-
-    @property
-    def migrations(self) -> int:
-        """How often a chunk ran on another engine than the chunk before it."""
-        return sum(a.engine != b.engine for a, b in zip(self.chunks, self.chunks[1:], strict=False))
 
     def prefix(self) -> list[int]:
         """Token ids an engine continues from."""
@@ -152,6 +150,7 @@ class Request:
 
     def accept(self, reply: ChunkReply, chunk: Chunk) -> None:
         """Append one chunk's tokens."""
+        self.generated += len(reply.token_ids)
         self.tokens.extend(reply.token_ids)
         self.logprobs.extend(reply.logprobs)
         if reply.top_logprobs is not None:

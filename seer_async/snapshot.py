@@ -37,7 +37,7 @@ class EngineView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GroupView(msgspec.Struct, frozen=True, kw_only=True):
-    """One unfinished group. Lengths in generated tokens; `known` says whether the estimate rests on a finished response."""
+    """One unfinished group. Lengths in tokens; `known` says whether the estimate rests on a finished response."""
 
     id: str
     done: int

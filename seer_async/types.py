@@ -23,10 +23,11 @@ class Prompt(msgspec.Struct, frozen=True, kw_only=True):
     """One dataset line: what a group's requests all start from.
 
     Exactly one of `text`, `messages` and `token_ids` is given by the user; `token_ids` is filled in by
-    tokenising through an engine before the prompt reaches the core.
+    tokenising through an engine before the prompt reaches the core. `line` is where it stands in its file, from 1.
     """
 
     id: str
+    line: int | None = None
     text: str | None = None
     messages: list[Message] | None = None
     token_ids: list[int] | None = None
@@ -157,3 +158,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int
     cached_tokens: int
     weight_version: str | None = None
+
+    @property
+    def prefilled_tokens(self) -> int:
+        """Prompt tokens that were computed: neither in the engine's prefix cache nor loaded from elsewhere."""
+        return self.prompt_tokens - self.cached_tokens

@@ -1,8 +1,8 @@
 """Scheduling policies: which waiting request goes next, and to which engine.
 
-A policy is one module in this package that defines one `Policy` subclass, or any importable class named on
-the command line as `package.module:Class`. The core calls it synchronously after every event; a policy never awaits, reads a clock or
-draws a random number.
+A policy is one module in this package that defines one `Policy` subclass, or any importable class named on the command
+line as `package.module:Class`. The core calls it synchronously after every event; a policy never awaits, reads a clock
+or draws a random number.
 """
 
 from __future__ import annotations

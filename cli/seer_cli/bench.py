@@ -1,0 +1,176 @@
+"""`seer bench`: figures anyone can measure again.
+
+`bench fleet` runs policies side by side on one live fleet, doing the same work: lengths are forced, runs are interleaved,
+medians and ratios are quoted. `bench core` measures what the orchestrator itself costs, over mock engines.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
+import typer
+import uvloop
+from rich.console import Console
+from rich.table import Table
+
+from seer_async.config import Config, resolve
+from seer_async.dataset import default_dataset, read_dataset
+from seer_async.errors import UsageError
+from seer_async.policies import find_policy
+from seer_async.rollout import Rollout, open_fleet
+from seer_async.runfolder import RunFolder
+from seer_async.workload import Outcome, heavy_tailed_lengths, outcome
+from seer_cli.display import make_display
+from seer_cli.load import measure_core
+from seer_cli.output import print_json
+from seer_cli.rollout import engine_urls
+
+if TYPE_CHECKING:
+    from seer_async.rollout import Fleet
+    from seer_async.types import Prompt
+
+bench = typer.Typer(help="Measure policies on a live fleet, and the orchestrator itself.", no_args_is_help=True)
+
+
+class _Run(msgspec.Struct, frozen=True, kw_only=True):
+    policy: str
+    outcome: Outcome
+    preemptions: int
+    migrations: int
+    prefilled: int
+    samples: int
+    failed: int
+
+
+@bench.command("fleet")
+def fleet(
+    *,
+    policy: Annotated[list[str] | None, typer.Option(help="Policies to compare; repeatable, the first is the baseline. [default: group-round-robin, no-context, seer, oracle]")] = None,
+    groups: Annotated[int, typer.Option(min=1, help="Prompts.")] = 16,
+    n: Annotated[int, typer.Option("-n", min=1, help="Responses to each.")] = 8,
+    mean: Annotated[float, typer.Option(help="Mean forced length, tokens.")] = 160.0,
+    longest: Annotated[int, typer.Option(help="Longest forced length, tokens.")] = 1024,
+    chunk_size: Annotated[int, typer.Option(help="Tokens of a chunk.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 3,
+    kv_blocks: Annotated[int | None, typer.Option(help="KV blocks of 32 tokens in each local engine; small makes KV scarce.")] = None,
+    server: Annotated[list[str] | None, typer.Option(help="URL of a running engine; repeatable. Without it, two are started.", show_default=False)] = None,
+    engines: Annotated[int, typer.Option(help="Local engines to start.")] = 2,
+    seed: Annotated[int, typer.Option(help="Seeds the lengths.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Print every run as JSON on stdout.")] = False,
+) -> None:
+    """Compare policies on one live fleet with the same forced lengths, interleaved."""
+    policies = policy or ["group-round-robin", "no-context", "seer", "oracle"]
+    for name in policies:
+        find_policy(name)
+    prompts = read_dataset(default_dataset(), groups)
+    if len(prompts) < groups:
+        raise UsageError(f"--groups can be at most {len(prompts)}, the prompts that ship with Seer")
+    lengths = heavy_tailed_lengths([p.id for p in prompts], n, mean=mean, longest=longest, seed=seed)
+    config = {
+        "rollout": {"n": n, "chunk_size": chunk_size},
+        "sampling": {"max_tokens": longest, "seed": seed},
+        "fleet": {"servers": server or [], "engines": engines, "kv_blocks": kv_blocks},
+        "output": {"trace": False},
+    }
+    runs = uvloop.run(_compare(config, policies, prompts, lengths, repeats))
+    if json:
+        print_json({"runs": msgspec.to_builtins(runs)})
+    else:
+        Console().print(_table(runs, policies))
+
+
+async def _compare(
+    tree: dict[str, Any], policies: list[str], prompts: list[Prompt], lengths: dict[str, int], repeats: int
+) -> list[_Run]:
+    display = make_display("plain")
+    base = resolve(tree)
+    runs: list[_Run] = []
+    with tempfile.TemporaryDirectory() as scratch, display:
+        table = Path(scratch) / "lengths.jsonl"
+        table.write_bytes(b"".join(msgspec.json.encode({"id": i, "length": v}) + b"\n" for i, v in lengths.items()))
+        async with engine_urls(base, Path(scratch), display) as urls, open_fleet(base, urls) as engines:
+            await engines.attach()
+            tokenised = await engines.tokenise(prompts)
+            for round_ in range(repeats):
+                for name in policies[round_ % len(policies) :] + policies[: round_ % len(policies)]:
+                    scheduler = {"policy": name, "lengths": str(table), "force_lengths": True}
+                    config = resolve(tree, {"scheduler": scheduler})
+                    runs.append(await _one(config, engines, tokenised, Path(scratch) / f"{round_}-{name}"))
+                    display.phase(_line(runs[-1]))
+    return runs
+
+
+async def _one(config: Config, fleet: Fleet, prompts: list[Prompt], path: Path) -> _Run:
+    before = [await client.stats(timeout_s=30) for client in fleet.clients.values()]
+    folder = RunFolder.create(path, config, prompts, dataset="bench", command=[])
+    started = time.time()
+    try:
+        result = await Rollout(folder, fleet, None).run()
+    finally:
+        folder.close()
+    await asyncio.sleep(1.0)  # let the engines' counters settle
+    after = [await client.stats(timeout_s=30) for client in fleet.clients.values()]
+    return _Run(
+        policy=config.scheduler.policy,
+        outcome=outcome(path / "samples.jsonl", started),
+        preemptions=sum(b.preemptions - a.preemptions for a, b in zip(before, after, strict=True)),
+        prefilled=sum(b.prefilled_tokens - a.prefilled_tokens for a, b in zip(before, after, strict=True)),
+        migrations=result.snapshot.migrations,
+        samples=result.snapshot.done,
+        failed=result.snapshot.failed,
+    )
+
+
+def _line(run: _Run) -> str:
+    o = run.outcome
+    return (
+        f"{run.policy}: {o.throughput:.0f} tokens/s, {o.seconds:.1f} s, tail {o.tail_s:.1f} s, {run.preemptions} preemptions, "
+        f"{run.migrations} migrations, {run.prefilled} tokens prefilled, {run.samples} samples, {run.failed} failed"
+    )
+
+
+def _table(runs: list[_Run], policies: list[str]) -> Table:
+    """Medians over the rounds; ratios to the first policy, round by round."""
+    table = Table(title=f"medians of {len(runs) // len(policies)} interleaved rounds; ratios to {policies[0]} in brackets")
+    for column in ("policy", "tokens/s", "seconds", "tail s", "preemptions", "migrations", "prefilled"):
+        table.add_column(column, justify="left" if column == "policy" else "right")
+    base = [run.outcome for run in runs if run.policy == policies[0]]
+    for name in policies:
+        mine = [run for run in runs if run.policy == name]
+        outcomes = [run.outcome for run in mine]
+        speed = statistics.median(a.throughput / b.throughput for a, b in zip(outcomes, base, strict=True))
+        tail = statistics.median(a.tail_s / max(b.tail_s, 1e-9) for a, b in zip(outcomes, base, strict=True))
+        table.add_row(
+            name,
+            f"{statistics.median(o.throughput for o in outcomes):.0f} ({speed:.2f})",
+            f"{statistics.median(o.seconds for o in outcomes):.1f}",
+            f"{statistics.median(o.tail_s for o in outcomes):.1f} ({tail:.2f})",
+            f"{statistics.median(run.preemptions for run in mine):.0f}",
+            f"{statistics.median(run.migrations for run in mine):.0f}",
+            f"{statistics.median(run.prefilled for run in mine):.0f}",
+        )
+    return table
+
+
+@bench.command("core")
+def core(
+    *,
+    in_flight: Annotated[int, typer.Option(min=1, help="Chunks in flight.")] = 10_000,
+    pending: Annotated[int, typer.Option(min=0, help="More requests that wait.")] = 10_000,
+    engines: Annotated[int, typer.Option(min=1, help="Mock engine processes.")] = 2,
+    seconds: Annotated[float, typer.Option(min=1, help="How long to measure.")] = 60.0,
+    json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON on stdout.")] = False,
+) -> None:
+    """Measure the orchestrator: CPU per chunk, event-loop lag, and the cost of a decision, over mock engines."""
+    figures = uvloop.run(measure_core(in_flight=in_flight, pending=pending, engines=engines, seconds=seconds))
+    if json:
+        print_json(figures)
+        return
+    for name, value in figures.items():
+        typer.echo(f"{name:32} {value}")

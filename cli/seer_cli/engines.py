@@ -1,0 +1,28 @@
+"""From the fleet section of a config to the engines that are started here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from seer_servers.fleet import EngineSpec
+
+    from seer_async.config import FleetConfig
+
+
+def local_spec(config: FleetConfig) -> EngineSpec:
+    """What each local engine serves; fetches the small default model when none is named."""
+    from seer_servers.fleet import EngineSpec  # noqa: PLC0415 - only where engines are started
+    from seer_servers.model import ensure_default_model  # noqa: PLC0415 - as above
+
+    defaults = {} if config.model else {"served_name": "smollm2-135m-instruct", "max_model_len": 2048}
+    chosen = {
+        "dtype": config.dtype,
+        "max_model_len": config.max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "num_blocks": config.kv_blocks,
+        "kv_cache_gib": config.kv_cache_gib,
+    }
+    options = defaults | {name: value for name, value in chosen.items() if value is not None}
+    model = config.model or str(ensure_default_model())
+    return EngineSpec(model=model, extra_args=tuple(config.vllm_args), **options)  # type: ignore[arg-type]  # checked by msgspec

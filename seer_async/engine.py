@@ -1,0 +1,265 @@
+"""The HTTP client of one engine.
+
+Invariants: every method returns a checked value or raises `EngineError`; no redirect is followed, no compressed body is
+unpacked, and no body is read beyond what a right reply can need, so a hostile engine costs one failed call. The API key
+goes into the header and nowhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import aiohttp
+import msgspec
+
+from seer_async.errors import EngineError, FailureKind
+from seer_async.telemetry import Metrics
+from seer_async.types import EngineInfo, EngineStats
+from seer_async.wire import DIALECTS, CallSpec
+
+if TYPE_CHECKING:
+    from seer_async.types import ChunkReply, Prompt
+
+_PAGE_LIMIT = 16 << 20  # a tokenizer.json is the largest control answer
+_REPLY_BASE = 64 << 10
+_REPLY_PER_TOKEN = 512  # bytes of JSON per token and alternative, generously
+_BUSY, _UNAVAILABLE, _TIMEOUT = 429, 503, 408
+
+_T = TypeVar("_T")
+
+
+class _Model(msgspec.Struct):
+    id: str
+    root: str | None = None
+    max_model_len: int | None = None
+
+
+class _Models(msgspec.Struct):
+    data: list[_Model]
+
+
+class _SeerInfo(msgspec.Struct):
+    boot_id: str
+    model: str
+    max_model_len: int
+    block_size: int
+    num_blocks: int
+    root: str | None = None
+    max_num_seqs: int | None = None
+    vocab_size: int | None = None
+    logprobs_mode: str | None = None
+    weight_version: str = "unknown"
+    capabilities: list[str] = []
+
+
+class _WeightInfo(msgspec.Struct):
+    weight_version: str
+
+
+class _Tokens(msgspec.Struct):
+    tokens: list[int]
+
+
+class EngineClient:
+    """Calls to one vLLM server at `url`.
+
+    `session` is shared by all engines of a run. `info` is what the engine was when it was last attached.
+    """
+
+    def __init__(self, url: str, session: aiohttp.ClientSession, *, api_key: str | None = None) -> None:
+        self.url = url.rstrip("/")
+        self._session = session
+        self._headers = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
+        if api_key:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+        self.info: EngineInfo | None = None
+
+    async def attach(self, *, timeout_s: float, trial_timeout_s: float) -> EngineInfo:
+        """Learn what the engine is, and see it generate one token."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                info = await self._plugin_info() or await self._plain_info()
+        except TimeoutError as error:
+            raise EngineError(FailureKind.TIMEOUT, f"no answer within {timeout_s:g} s") from error
+        try:
+            self.info = await self._tried(info, "generate", trial_timeout_s)
+        except EngineError as error:
+            if error.kind is not FailureKind.REJECTED:
+                raise
+            self.info = await self._tried(info, "completions", trial_timeout_s)  # no --enable-scale-out there
+        return self.info
+
+    async def _tried(self, info: EngineInfo, dialect: str, timeout_s: float) -> EngineInfo:
+        candidate = msgspec.structs.replace(info, dialect=dialect)
+        await self.generate(_trial(candidate), candidate, timeout_s=timeout_s)
+        return candidate
+
+    async def generate(self, spec: CallSpec, info: EngineInfo, *, timeout_s: float) -> ChunkReply:
+        """One chunk."""
+        dialect = DIALECTS[info.dialect]
+        tops = 1 + int(spec.params.get("logprobs", 0))
+        limit = _REPLY_BASE + spec.max_tokens * tops * _REPLY_PER_TOKEN + 8 * len(spec.prefix)
+        body = await self._request("POST", dialect.path, dialect.encode(spec), timeout_s, limit)
+        return dialect.decode(body, spec)
+
+    async def stats(self, *, timeout_s: float) -> EngineStats:
+        """One reading of the telemetry."""
+        page, version = await asyncio.gather(
+            self._request("GET", "/metrics", None, timeout_s), self._weight_version(timeout_s)
+        )
+        metrics = Metrics(page)
+        return metrics.stats(boot=metrics.boot, weight_version=version)
+
+    async def tokenize(self, prompt: Prompt, *, timeout_s: float) -> list[int]:
+        """Token ids of a prompt, by the engine's own tokenizer and chat template."""
+        assert self.info is not None
+        body: dict[str, Any] = {"model": self.info.model}
+        if prompt.messages is not None:
+            body |= {"messages": prompt.messages, "add_generation_prompt": True}
+        else:
+            body["prompt"] = prompt.text
+        return (await self._json("POST", "/tokenize", body, _Tokens, timeout_s)).tokens
+
+    async def tokenizer_json(self, *, timeout_s: float) -> str | None:
+        """The engine's tokenizer.json, if it runs the Seer plug-in."""
+        try:
+            return (await self._request("GET", "/v1/seer/tokenizer", None, timeout_s)).decode()
+        except EngineError as error:
+            if error.kind is FailureKind.REJECTED:
+                return None
+            raise
+
+    async def _plugin_info(self) -> EngineInfo | None:
+        try:
+            said = await self._json("GET", "/v1/seer/info", None, _SeerInfo, None)
+        except EngineError as error:
+            if error.kind is FailureKind.REJECTED:
+                return None
+            raise
+        metrics = Metrics(await self._request("GET", "/metrics", None, None))
+        return EngineInfo(
+            boot=metrics.boot,
+            model=said.model,
+            root=said.root,
+            max_model_len=said.max_model_len,
+            block_size=said.block_size,
+            num_blocks=said.num_blocks,
+            max_num_seqs=said.max_num_seqs,
+            vocab_size=said.vocab_size,
+            logprobs_mode=said.logprobs_mode,
+            weight_version=said.weight_version,
+            capabilities=frozenset(said.capabilities),
+        )
+
+    async def _plain_info(self) -> EngineInfo:
+        models = await self._json("GET", "/v1/models", None, _Models, None)
+        if not models.data or models.data[0].max_model_len is None:
+            raise EngineError(
+                FailureKind.BAD_REPLY, "/v1/models does not describe a vLLM model: is this a vLLM server?"
+            )
+        metrics = Metrics(await self._request("GET", "/metrics", None, None))
+        model = models.data[0]
+        assert model.max_model_len is not None
+        return EngineInfo(
+            boot=metrics.boot,
+            model=model.id,
+            root=model.root,
+            max_model_len=model.max_model_len,
+            block_size=metrics.cache_int("block_size"),
+            num_blocks=metrics.cache_int("num_gpu_blocks"),
+            weight_version=await self._weight_version(None) or "unknown",
+        )
+
+    async def _weight_version(self, timeout_s: float | None) -> str | None:
+        try:
+            return (await self._json("GET", "/weight_info", None, _WeightInfo, timeout_s)).weight_version
+        except EngineError as error:
+            if error.kind is FailureKind.REJECTED:
+                return None  # a server without the RL control routes
+            raise
+
+    async def _json(self, method: str, path: str, body: Any, kind: type[_T], timeout_s: float | None) -> _T:
+        encoded = None if body is None else msgspec.json.encode(body)
+        answer = await self._request(method, path, encoded, timeout_s)
+        try:
+            return msgspec.json.decode(answer, type=kind)
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise EngineError(
+                FailureKind.BAD_REPLY, f"{path} answers something else than vLLM does: {error}"
+            ) from error
+
+    async def _request(
+        self, method: str, path: str, body: bytes | None, timeout_s: float | None, limit: int = _PAGE_LIMIT
+    ) -> bytes:
+        try:
+            async with self._session.request(
+                method,
+                self.url + path,
+                data=body,
+                headers=self._headers,
+                allow_redirects=False,
+                timeout=aiohttp.ClientTimeout(total=timeout_s),
+            ) as response:
+                answer = await _read(response, limit)
+                if response.status == 200:  # noqa: PLR2004 - HTTP
+                    return answer
+                raise _status_error(response, path, answer)
+        except TimeoutError as error:
+            raise EngineError(FailureKind.TIMEOUT, f"{path} took longer than {timeout_s:g} s") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise EngineError(FailureKind.CONNECTION, f"{path}: {error or type(error).__name__}") from error
+
+
+def _trial(info: EngineInfo) -> CallSpec:
+    return CallSpec(
+        request_id="seer-trial",
+        model=info.model,
+        prefix=[1],
+        params={"max_tokens": 1, "temperature": 0.0, "logprobs": 0, "extra_args": {"seer_prompt_len": 1}},
+        cache_salt="seer-trial",
+        max_tokens=1,
+        vocab_size=info.vocab_size,
+    )
+
+
+async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    async for part in response.content.iter_any():
+        size += len(part)
+        if size > limit:
+            response.close()
+            raise EngineError(FailureKind.BAD_REPLY, f"the reply is unusable: it is larger than {limit} bytes")
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _status_error(response: aiohttp.ClientResponse, path: str, answer: bytes) -> EngineError:
+    status = response.status
+    message = f"{path} answered {status}: {_message(answer)}"
+    retry_after = _seconds(response.headers.get("Retry-After"))
+    if status == _BUSY or (status == _UNAVAILABLE and retry_after is not None):
+        return EngineError(FailureKind.BUSY, message, retry_after=retry_after)
+    if status == _TIMEOUT:
+        return EngineError(FailureKind.TIMEOUT, message)
+    if 400 <= status < 500:  # noqa: PLR2004 - HTTP
+        return EngineError(FailureKind.REJECTED, message)
+    return EngineError(FailureKind.SERVER if status >= 500 else FailureKind.BAD_REPLY, message)  # noqa: PLR2004 - HTTP
+
+
+def _seconds(text: str | None) -> float | None:
+    try:
+        return min(60.0, max(0.0, float(text))) if text else None
+    except ValueError:
+        return None
+
+
+def _message(answer: bytes) -> str:
+    """What an error body says, shortened; vLLM's shape is {"error": {"message": ...}}."""
+    try:
+        body = msgspec.json.decode(answer)
+        said = body["error"]["message"] if isinstance(body["error"], dict) else body["error"]
+    except (msgspec.DecodeError, RecursionError, KeyError, TypeError):
+        said = answer[:200].decode(errors="replace")
+    return " ".join(str(said).split())[:300]

@@ -1,0 +1,291 @@
+"""A rollout from prompts to samples: attach engines, tokenise, open the run folder, run the core, sum up.
+
+Invariant: everything that can be wrong with the input is found before the run folder is created, and before the first
+sample is drawn; from then on nothing that was accepted is lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import msgspec
+from tokenizers import Tokenizer
+
+from seer_async.core import Core
+from seer_async.engine import EngineClient
+from seer_async.errors import DatasetError, EngineError, FailureKind, FleetError, UsageError
+from seer_async.events import AbortRequested, DrainRequested, GroupAdded, InputClosed, Restored
+from seer_async.lengths import lengths_for
+from seer_async.policies import find_policy
+from seer_async.shell import TRIAL_TIMEOUT_S, Clock, Shell
+from seer_async.snapshot import Snapshot, take_snapshot
+from seer_async.text import load_tokenizer
+from seer_async.trace import TraceWriter
+
+if TYPE_CHECKING:
+    from seer_async.runfolder import RunFolder
+    from collections.abc import AsyncIterator, Callable, Sequence
+
+    from seer_async.config import Config
+    from seer_async.events import Record
+    from seer_async.types import EngineInfo, Prompt
+
+_TOKENIZE_AT_ONCE = 32
+_TOKENIZE_TIMEOUT_S = 60.0
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    """How a rollout ended: `reason` is "done", "drained", "aborted" or "no_engine"; `summary` is that of run.json."""
+
+    reason: str
+    snapshot: Snapshot
+    summary: dict[str, Any]
+    path: str
+
+    @property
+    def exit_code(self) -> int:
+        """What the CLI exits with."""
+        if self.reason == "no_engine":
+            return FleetError.exit_code
+        if self.reason != "done":
+            return 130
+        return 3 if self.snapshot.failed else 0
+
+
+class Fleet:
+    """The engines of a run: clients by name, and what was learned of those that answer."""
+
+    def __init__(self, clients: dict[str, EngineClient], config: Config) -> None:
+        self.clients = clients
+        self.attached: dict[str, EngineInfo] = {}
+        self.missing: dict[str, str] = {}
+        self._config = config
+        self._divided = config.rollout.chunk_size > 0 and find_policy(config.scheduler.policy).divided
+
+    async def attach(self) -> None:
+        """Attach every engine that answers.
+
+        Raises:
+            FleetError: None can be used; says why for each.
+        """
+        reasons = await asyncio.gather(*(self._attach(name) for name in self.clients))
+        self.missing = {name: reason for name, reason in zip(self.clients, reasons, strict=True) if reason}
+        if not self.attached:
+            said = "; ".join(f"{self.clients[name].url}: {reason}" for name, reason in self.missing.items())
+            raise FleetError(f"no usable engine: {said}")
+
+    async def _attach(self, name: str) -> str | None:
+        engine = self._config.engine
+        try:
+            info = await self.clients[name].attach(timeout_s=engine.probe_timeout_s, trial_timeout_s=TRIAL_TIMEOUT_S)
+        except EngineError as error:
+            return str(error)
+        if reason := self.objection(info):
+            return reason
+        self.attached[name] = info
+        return None
+
+    def objection(self, info: EngineInfo) -> str | None:
+        """Why an engine cannot take part, or None."""
+        missing = self._config.sampling.required_capabilities - info.capabilities
+        if self._divided and missing:
+            return (
+                "presence_penalty, frequency_penalty and bad_words look back over chunk borders, which this server "
+                "cannot do; start it with VLLM_PLUGINS=seer, or send responses undivided with --chunk-size 0"
+            )
+        other = next(iter(self.attached.values()), None)
+        if other is not None and other.model != info.model:
+            return f"it serves {info.model!r}, other engines {other.model!r}; a run needs one model"
+        return None
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the engines have in common: the first one's, with the shortest context of all."""
+        infos = list(self.attached.values())
+        return msgspec.structs.replace(infos[0], max_model_len=min(info.max_model_len for info in infos))
+
+    async def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer: as configured, else from the engine, else from the model's folder or hub name."""
+        configured = self._config.fleet.tokenizer
+        if configured:
+            return load_tokenizer(configured)
+        for name in self.attached:
+            if text := await self.clients[name].tokenizer_json(timeout_s=_TOKENIZE_TIMEOUT_S):
+                return Tokenizer.from_str(text)
+        return load_tokenizer(self.info.root or self.info.model)
+
+    async def tokenise(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """Prompts with their token ids, by the engines' own tokenizer and chat template.
+
+        Raises:
+            DatasetError: A prompt is refused, or leaves no room in the context; names its line.
+        """
+        at_once = asyncio.Semaphore(_TOKENIZE_AT_ONCE)
+        clients = [self.clients[name] for name in self.attached]
+
+        async def one(number: int, prompt: Prompt) -> Prompt:
+            if prompt.token_ids is None:
+                async with at_once:
+                    prompt = await self._tokenised(prompt, clients[number % len(clients)])
+            self._check_fit(prompt)
+            return prompt
+
+        return list(await asyncio.gather(*(one(number, prompt) for number, prompt in enumerate(prompts))))
+
+    async def _tokenised(self, prompt: Prompt, client: EngineClient) -> Prompt:
+        try:
+            ids = await client.tokenize(prompt, timeout_s=_TOKENIZE_TIMEOUT_S)
+        except EngineError as error:
+            if error.kind is FailureKind.REJECTED:
+                raise DatasetError(f"{_where(prompt)}: the engine cannot tokenise this prompt: {error}") from error
+            raise FleetError(f"{client.url} cannot tokenise prompts: {error}") from error
+        return msgspec.structs.replace(prompt, token_ids=ids)
+
+    def _check_fit(self, prompt: Prompt) -> None:
+        ids, info = prompt.token_ids or [], self.info
+        if not ids:
+            raise DatasetError(f"{_where(prompt)}: the prompt has no tokens; give it some text")
+        if len(ids) >= info.max_model_len:
+            raise DatasetError(
+                f"{_where(prompt)}: the prompt has {len(ids)} tokens, and the engines' context ends at "
+                f"{info.max_model_len}; shorten it, or start engines with a larger --max-model-len"
+            )
+        if info.vocab_size is not None and max(ids) >= info.vocab_size:
+            raise DatasetError(
+                f"{_where(prompt)}: token id {max(ids)} is outside the model's vocabulary of {info.vocab_size}; "
+                "tokenise 'prompt_token_ids' with this model's tokenizer"
+            )
+
+
+def _where(prompt: Prompt) -> str:
+    return f"line {prompt.line} (id {prompt.id!r})" if prompt.line else f"prompt {prompt.id!r}"
+
+
+@asynccontextmanager
+async def open_fleet(config: Config, urls: Sequence[str]) -> AsyncIterator[Fleet]:
+    """Clients of the engines at `urls`, named engine-0, engine-1, ..."""
+    key = None
+    if config.engine.api_key_env:
+        key = os.environ.get(config.engine.api_key_env)
+        if not key:
+            raise UsageError(
+                f"engine.api_key_env names {config.engine.api_key_env}, which is not set in the environment"
+            )
+    connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=300)
+    async with aiohttp.ClientSession(connector=connector, auto_decompress=False, read_bufsize=1 << 18) as session:
+        yield Fleet({f"engine-{i}": EngineClient(url, session, api_key=key) for i, url in enumerate(urls)}, config)
+
+
+class Rollout:
+    """One run on an attached fleet. `drain` and `abort` may be called while `run` is awaited; `core` is for looking at."""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        fleet: Fleet,
+        tokenizer: Tokenizer | None,
+        *,
+        watch: Callable[[Snapshot], None] = lambda _: None,
+    ) -> None:
+        self._folder = folder
+        self._fleet = fleet
+        self._config = folder.config
+        self._clock = Clock()
+        self._lengths = lengths_for(self._config, folder.prompts)
+        self._trace = TraceWriter(folder.path / "trace.json") if self._config.output.trace else None
+        self.core = Core(
+            self._config,
+            list(fleet.clients),
+            run=folder.info.run,
+            seed=folder.info.seed,
+            tokenizer=tokenizer,
+            lengths=self._lengths,
+        )
+        self._shell = Shell(
+            self.core,
+            fleet.clients,
+            folder,
+            clock=self._clock,
+            tracer=self._trace,
+            accepts=fleet.objection,
+            watch=watch,
+        )
+
+    def drain(self) -> None:
+        """Finish the chunks in flight, then stop; the run can be resumed."""
+        self._shell.post(DrainRequested())
+
+    def abort(self) -> None:
+        """Stop now; the run can be resumed from its accepted chunks."""
+        self._shell.post(AbortRequested())
+
+    async def run(self, records: Sequence[Record] = (), emitted: frozenset[str] = frozenset()) -> Result:
+        """Roll out to the end; `records` and `emitted` come from the run that is resumed.
+
+        Raises:
+            StorageError: The run folder cannot be written any more.
+        """
+        started = time.monotonic()
+        for prompt in self._folder.prompts:
+            self._shell.post(self._group(prompt))
+        for record in records:
+            self._shell.post(Restored(record=record, emitted=record.request in emitted))
+        self._shell.post(InputClosed())
+        reason = "failed"
+        try:
+            reason = await self._shell.run(self._fleet.attached)
+        finally:
+            snapshot = take_snapshot(self.core, self._clock.now())
+            self._close(reason, snapshot, time.monotonic() - started)
+        assert self._folder.info.summary is not None
+        return Result(reason=reason, snapshot=snapshot, summary=self._folder.info.summary, path=str(self._folder.path))
+
+    def _group(self, prompt: Prompt) -> GroupAdded:
+        n = self._config.rollout.n
+        room = self._fleet.info.max_model_len - len(prompt.token_ids or ())
+        forced = None
+        if self._config.scheduler.force_lengths:
+            forced = tuple(self._lengths[f"{prompt.id}/{index}"] for index in range(n))
+        return GroupAdded(prompt=prompt, n=n, limit=min(self._config.sampling.max_tokens, room), forced_lengths=forced)
+
+    def _close(self, reason: str, snapshot: Snapshot, seconds: float) -> None:
+        info = self._folder.info
+        info.status, info.ended, info.on_policy = reason, time.time(), self.core.policy.unbiased
+        info.engines = [_engine_entry(name, client) for name, client in self._fleet.clients.items()]
+        info.summary = summarise(snapshot, seconds)
+        try:
+            if self._trace:
+                self._trace.close()
+            self._folder.measure(snapshot)
+            self._folder.sync()
+            self._folder.save()
+        except OSError:
+            if reason == "done":
+                raise
+
+
+def summarise(snapshot: Snapshot, seconds: float) -> dict[str, Any]:
+    """The figures a run is judged by; `seconds` is the time since it was started or resumed."""
+    generated = sum(view.generated for view in snapshot.engines)
+    return {
+        "samples": snapshot.total,
+        "done": snapshot.done,
+        "failed": snapshot.failed,
+        "tokens": snapshot.tokens,
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(generated / seconds, 1) if seconds else 0.0,
+        "migrations": snapshot.migrations,
+        "retries": snapshot.retries,
+        "restarts": snapshot.restarts,
+        "preemptions": snapshot.preemptions,
+    }
+
+
+def _engine_entry(name: str, client: EngineClient) -> dict[str, Any]:
+    info = None if client.info is None else msgspec.to_builtins(client.info)
+    return {"name": name, "url": client.url, "info": info}

@@ -1,0 +1,291 @@
+"""The asyncio shell around the core: it executes commands, turns what happens into events, and decides nothing.
+
+Invariants: commands are executed in the order given, without an await in between, so a chunk is in the journal before
+its request's next call leaves; every task belongs to one task group and ends with the rollout; a call's result is
+posted at most once, and not at all after it was cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from typing import TYPE_CHECKING, Protocol
+
+from seer_async.errors import EngineError, FailureKind, StorageError
+from seer_async.events import (
+    Cancel,
+    ChunkFailed,
+    ChunkFinished,
+    Command,
+    Dispatch,
+    Emit,
+    EngineDown,
+    EngineReport,
+    EngineUp,
+    Event,
+    Record,
+    Stop,
+    Wake,
+    Woke,
+)
+from seer_async.snapshot import Snapshot, take_snapshot
+from seer_async.wire import CallSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from seer_async.core import Core
+    from seer_async.engine import EngineClient
+    from seer_async.runfolder import RunFolder
+    from seer_async.types import EngineInfo
+
+TRIAL_TIMEOUT_S = 60.0  # for one token from an engine that others may keep busy
+_RETRY_ATTACH_S = 1.0
+
+
+class Tracer(Protocol):
+    """Sees calls come and go; the trace file."""
+
+    def dispatched(self, dispatch: Dispatch, now: float) -> None:
+        """A call left."""
+
+    def finished(self, call: int, now: float, *, tokens: int, outcome: str, finish_reason: str | None) -> None:
+        """A call was answered, or failed."""
+
+    def cancelled(self, call: int, now: float) -> None:
+        """A call was given up."""
+
+    def counter(self, snapshot: Snapshot) -> None:
+        """The fleet at one moment."""
+
+
+class Clock:
+    """Unix time that never steps: the wall clock at the start, moved on by the monotonic clock."""
+
+    def __init__(self) -> None:
+        self._offset = time.time() - time.monotonic()
+
+    def now(self) -> float:
+        """Unix seconds."""
+        return time.monotonic() + self._offset
+
+
+class Shell:
+    """Runs one rollout to its end.
+
+    `clients` are the engines by name. `accepts` says why an engine cannot be used for this run, or None. `watch` is
+    called with every snapshot.
+    """
+
+    def __init__(
+        self,
+        core: Core,
+        clients: Mapping[str, EngineClient],
+        folder: RunFolder,
+        *,
+        clock: Clock,
+        tracer: Tracer | None = None,
+        accepts: Callable[[EngineInfo], str | None] = lambda _: None,
+        watch: Callable[[Snapshot], None] = lambda _: None,
+        watch_s: float = 0.25,
+    ) -> None:
+        self._core = core
+        self._clients = clients
+        self._folder = folder
+        self._clock = clock
+        self._tracer = tracer
+        self._accepts = accepts
+        self._watch = watch
+        self._watch_s = watch_s
+        self._config = core.config
+        self._calls: dict[int, asyncio.Task[None]] = {}
+        self._suspects: dict[str, asyncio.Event] = {name: asyncio.Event() for name in clients}
+        self._stopped: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._alarm: asyncio.TimerHandle | None = None
+        self._tasks: asyncio.TaskGroup | None = None
+        self._incarnation = len(folder.info.resumed)
+
+    async def run(self, attached: Mapping[str, EngineInfo]) -> str:
+        """Roll out until the core stops; returns its reason.
+
+        `attached` are engines that are known to work; the others are attached when they answer.
+
+        Raises:
+            StorageError: The run folder cannot be written any more; what is in it is whole.
+        """
+        async with asyncio.TaskGroup() as self._tasks:
+            for name, info in attached.items():
+                self.post(EngineUp(engine=name, info=info))
+            tasks = [self._tasks.create_task(self._monitor(name), name=f"monitor {name}") for name in self._clients]
+            tasks += [self._tasks.create_task(self._report()), self._tasks.create_task(self._measure())]
+            await asyncio.wait([self._stopped])
+            for task in [*tasks, *self._calls.values()]:
+                task.cancel()
+        if self._alarm:
+            self._alarm.cancel()
+        self._report_once()
+        return self._stopped.result()
+
+    def post(self, event: Event) -> None:
+        """Tell the core, and do what it says."""
+        if self._stopped.done():
+            return
+        now = self._clock.now()
+        try:
+            for command in self._core.handle(event, now):
+                self._execute(command, now)
+        except OSError as error:
+            self._stopped.set_exception(
+                StorageError(
+                    f"cannot write {self._folder.path}: {error.strerror or error}; make room, then continue with "
+                    f"--resume {self._folder.path}"
+                )
+            )
+        except Exception as error:  # noqa: BLE001 - a defect ends the run instead of leaving it hanging
+            self._stopped.set_exception(error)
+
+    def _execute(self, command: Command, now: float) -> None:
+        match command:
+            case Dispatch():
+                self._dispatch(command, now)
+            case Record():
+                self._folder.journal.append(command)
+            case Emit():
+                self._folder.emit(command.sample)
+            case Cancel():
+                self._cancel(command, now)
+            case Wake():
+                self._wake_at(command.at, now)
+            case Stop():
+                self._stopped.set_result(command.reason)
+
+    def _dispatch(self, dispatch: Dispatch, now: float) -> None:
+        assert self._tasks is not None
+        self._calls[dispatch.call] = self._tasks.create_task(self._call(dispatch))
+        if self._tracer:
+            self._tracer.dispatched(dispatch, now)
+
+    def _cancel(self, cancel: Cancel, now: float) -> None:
+        if task := self._calls.pop(cancel.call, None):
+            task.cancel()
+        if self._tracer:
+            self._tracer.cancelled(cancel.call, now)
+
+    def _wake_at(self, at: float, now: float) -> None:
+        if self._alarm:
+            self._alarm.cancel()
+        self._alarm = asyncio.get_running_loop().call_later(max(0.0, at - now), self.post, Woke())
+
+    # Calls
+
+    async def _call(self, dispatch: Dispatch) -> None:
+        client = self._clients[dispatch.engine]
+        info = client.info
+        assert info is not None, "calls go to attached engines only"
+        spec = CallSpec(
+            request_id=f"{self._core.run}-{self._incarnation}-{dispatch.call}",
+            model=info.model,
+            prefix=dispatch.prefix,
+            params=dispatch.params,
+            cache_salt=f"{self._core.run}:{dispatch.weight_version}",
+            max_tokens=dispatch.max_tokens,
+            vocab_size=info.vocab_size,
+        )
+        try:
+            reply = await client.generate(spec, info, timeout_s=self._config.engine.chunk_timeout_s)
+        except EngineError as error:
+            self._calls.pop(dispatch.call, None)
+            self._failed(dispatch, error)
+            return
+        self._calls.pop(dispatch.call, None)
+        if self._tracer:
+            self._tracer.finished(
+                dispatch.call,
+                self._clock.now(),
+                tokens=len(reply.token_ids),
+                outcome="ok",
+                finish_reason=reply.finish_reason,
+            )
+        self.post(ChunkFinished(call=dispatch.call, reply=reply))
+
+    def _failed(self, dispatch: Dispatch, error: EngineError) -> None:
+        if error.kind is FailureKind.CONNECTION:
+            self._suspects[dispatch.engine].set()
+        if self._tracer:
+            self._tracer.finished(
+                dispatch.call, self._clock.now(), tokens=0, outcome=str(error.kind), finish_reason=None
+            )
+        self.post(ChunkFailed(call=dispatch.call, kind=error.kind, message=str(error), retry_after=error.retry_after))
+
+    # Engines
+
+    async def _monitor(self, name: str) -> None:
+        """Follow one engine through its epochs, for ever."""
+        while True:
+            if not self._core.instances[name].up:
+                await self._attach(name)
+            reason = await self._follow(name)
+            self.post(EngineDown(engine=name, reason=reason))
+
+    async def _attach(self, name: str) -> None:
+        engine = self._config.engine
+        while True:
+            with contextlib.suppress(EngineError):
+                info = await self._clients[name].attach(
+                    timeout_s=engine.probe_timeout_s, trial_timeout_s=TRIAL_TIMEOUT_S
+                )
+                if self._accepts(info) is None:
+                    self.post(EngineUp(engine=name, info=info))
+                    return
+            await asyncio.sleep(_RETRY_ATTACH_S)
+
+    async def _follow(self, name: str) -> str:
+        """Read telemetry until the engine is gone; returns why it is thought to be."""
+        engine = self._config.engine
+        suspect = self._suspects[name]
+        silent = 0
+        while True:
+            suspect.clear()
+            try:
+                stats = await self._clients[name].stats(timeout_s=engine.probe_timeout_s)
+            except EngineError as error:
+                silent += 1
+                if silent >= engine.silent_after or error.kind is FailureKind.CONNECTION:
+                    return str(error)
+            else:
+                silent = 0
+                info = self._clients[name].info
+                if info is None or stats.boot != info.boot:
+                    return "the engine was restarted"
+                self.post(EngineReport(engine=name, stats=stats))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(suspect.wait(), engine.telemetry_s)
+
+    # Observation
+
+    async def _report(self) -> None:
+        while True:
+            self._report_once()
+            await asyncio.sleep(self._watch_s)
+
+    def _report_once(self) -> None:
+        self._watch(take_snapshot(self._core, self._clock.now()))
+
+    async def _measure(self) -> None:
+        output = self._config.output
+        synced = self._clock.now()
+        while True:
+            snapshot = take_snapshot(self._core, self._clock.now())
+            try:
+                self._folder.measure(snapshot)
+                if self._tracer:
+                    self._tracer.counter(snapshot)
+                if output.fsync_s and snapshot.now - synced >= output.fsync_s:
+                    await asyncio.to_thread(self._folder.sync)
+                    synced = snapshot.now
+            except OSError as error:
+                if not self._stopped.done():
+                    self._stopped.set_exception(StorageError(f"cannot write {self._folder.path}: {error.strerror}"))
+                return
+            await asyncio.sleep(output.metrics_s)

@@ -1,0 +1,81 @@
+"""Reading an engine's /metrics: the few Prometheus series that decisions rest on.
+
+Invariant: a reading is complete or an error; a missing series is an error that names it, because a server without these
+series is not a vLLM server that can be scheduled.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from seer_async.errors import EngineError, FailureKind
+from seer_async.types import EngineStats
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_LINE = re.compile(rb"^(vllm:\w+|process_start_time_seconds)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
+_LABEL = re.compile(rb'(\w+)="([^"]*)"')
+
+
+class Metrics:
+    """One parsed /metrics page: sums over engines of a server, and the labels of its cache_config_info."""
+
+    def __init__(self, page: bytes) -> None:
+        self._sums: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
+        self.cache: dict[str, str] = {}
+        for name, labels, value in self._series(page):
+            self._sums[name] = self._sums.get(name, 0.0) + value
+            self._counts[name] = self._counts.get(name, 0) + 1
+            if name == "vllm:cache_config_info":
+                self.cache = {k.decode(): v.decode(errors="replace") for k, v in _LABEL.findall(labels)}
+
+    @staticmethod
+    def _series(page: bytes) -> Iterator[tuple[str, bytes, float]]:
+        for name, labels, value in _LINE.findall(page):
+            try:
+                yield name.decode(), labels, float(value)
+            except ValueError:
+                continue
+
+    def total(self, name: str, default: float | None = None) -> float:
+        """Sum of a series over the server's engines."""
+        if name in self._sums:
+            return self._sums[name]
+        if default is None:
+            raise EngineError(FailureKind.BAD_REPLY, f"/metrics has no {name}: is this a vLLM server with metrics on?")
+        return default
+
+    def mean(self, name: str) -> float:
+        """Mean of a series over the server's engines."""
+        return self.total(name) / self._counts[name]
+
+    @property
+    def boot(self) -> str:
+        """Identity of the server process: when it started."""
+        return repr(self.total("process_start_time_seconds"))
+
+    def cache_int(self, name: str) -> int:
+        """An integer label of cache_config_info."""
+        try:
+            return int(self.cache[name])
+        except (KeyError, ValueError):
+            raise EngineError(
+                FailureKind.BAD_REPLY, f"/metrics says nothing usable about {name}: is this a vLLM server?"
+            ) from None
+
+    def stats(self, *, boot: str, weight_version: str | None) -> EngineStats:
+        """The reading the core works with."""
+        return EngineStats(
+            boot=boot,
+            running=int(self.total("vllm:num_requests_running")),
+            waiting=int(self.total("vllm:num_requests_waiting")),
+            kv_used=min(1.0, max(0.0, self.mean("vllm:kv_cache_usage_perc"))),
+            preemptions=int(self.total("vllm:num_preemptions_total", 0.0)),
+            generated_tokens=int(self.total("vllm:generation_tokens_total", 0.0)),
+            prompt_tokens=int(self.total("vllm:prompt_tokens_total", 0.0)),
+            cached_tokens=int(self.total("vllm:prompt_tokens_cached_total", self.total("vllm:prefix_cache_hits_total", 0.0))),
+            weight_version=weight_version,
+        )

@@ -1,0 +1,227 @@
+"""Local vLLM engines, as child processes of whoever needs a fleet on this machine.
+
+Invariants: an engine keeps its URL through all its lives (epochs); it listens on the loopback interface only; it ends
+when the fleet is left or its owner dies; one that dies is started again, a bounded number of times in a row.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import sys
+import time
+from typing import TYPE_CHECKING, Self
+
+import aiohttp
+import msgspec
+
+from seer_async.errors import FleetError
+from seer_servers.placement import GIB, Placement, place
+from seer_servers.process import Process
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+    from types import TracebackType
+
+HOST = "127.0.0.1"
+START_TIMEOUT_S = 900.0  # a large model on a cold disk, its kernels compiled for the first time
+HEALTH_POLL_S = 0.25
+NEWS_S = 15.0  # between two words on engines that still start
+MAX_RESTARTS = 5  # in a row
+FIRST_BACKOFF_S = 1.0
+STABLE_S = 600.0  # a life this long ends a row of failures
+
+ENV = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_PLUGINS": "seer",
+    "VLLM_SERVER_DEV_MODE": "1",  # /abort_requests and weight updates; the reason to stay on loopback
+}
+# A key would shut out the fleet's own callers, and the second overrules --kv-cache-memory-bytes.
+NOT_INHERITED = ("VLLM_API_KEY", "VLLM_CPU_KVCACHE_SPACE")
+
+
+class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What every engine of a local fleet serves and how.
+
+    `model` is a folder in Hugging Face's layout. Without `kv_cache_gib` an engine takes 1 GiB for its KV on CPUs and
+    what is free on its GPU; `num_blocks` makes the KV cache exactly that many blocks of `block_size` tokens. `eager`
+    runs the model as it is, uncompiled. `extra_args` and `extra_env` come last and so decide.
+    """
+
+    model: str
+    served_name: str = "policy"
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    block_size: int = 32
+    num_blocks: int | None = None
+    kv_cache_gib: float | None = None
+    logprobs_mode: str = "processed_logprobs"  # those of the distribution that was sampled from
+    eager: bool = False
+    extra_args: tuple[str, ...] = ()
+    extra_env: dict[str, str] = {}
+
+    def arguments(self, port: int, kv_bytes: int | None) -> list[str]:
+        """Return vLLM's command-line arguments for an engine on `port`."""
+        if self.kv_cache_gib is not None:
+            kv_bytes = int(self.kv_cache_gib * GIB)
+        options: dict[str, str | int | None] = {
+            "--host": HOST,
+            "--port": port,
+            "--model": self.model,
+            "--served-model-name": self.served_name,
+            "--dtype": self.dtype,
+            "--max-model-len": self.max_model_len,
+            "--max-num-seqs": self.max_num_seqs,
+            "--block-size": self.block_size,
+            "--num-gpu-blocks-override": self.num_blocks,
+            "--kv-cache-memory-bytes": kv_bytes,
+            "--logprobs-mode": self.logprobs_mode,
+        }
+        given = [word for name, value in options.items() if value is not None for word in (name, str(value))]
+        switches = ["--enable-scale-out", "--disable-uvicorn-access-log", *(["--enforce-eager"] * self.eager)]
+        return [*given, *switches, *self.extra_args]
+
+
+class LocalEngine:
+    """One engine: a URL that lasts, and the process that serves it now."""
+
+    def __init__(self, index: int, port: int, spec: EngineSpec, placement: Placement, run_dir: Path) -> None:
+        self.name = f"engine-{index}"
+        self.url = f"http://{HOST}:{port}"
+        self.log = run_dir / "logs" / f"{self.name}.log"
+        self.epoch = 0
+        arguments = spec.arguments(port, placement.kv_bytes)
+        self._command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments]
+        inherited = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
+        self._env = inherited | ENV | placement.env | spec.extra_env
+        self._process: Process | None = None
+
+    @property
+    def process(self) -> Process:
+        """The process of this epoch."""
+        assert self._process is not None, "start() comes first"
+        return self._process
+
+    async def start(self) -> None:
+        """Start a new epoch and return when it answers; what is left of the last one is stopped first.
+
+        Raises:
+            FleetError: The process ended, or does not answer in `START_TIMEOUT_S` seconds.
+        """
+        await self.stop()
+        self.epoch += 1
+        self._process = await Process.start(self._command, self._env, self.log)
+        deadline = time.monotonic() + START_TIMEOUT_S
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session:
+            while not await self._healthy(session):
+                if not self.process.alive:
+                    raise FleetError(f"{self.name} ended while it started: {self.why()}")
+                if time.monotonic() > deadline:
+                    raise FleetError(f"{self.name} is not ready after {START_TIMEOUT_S:.0f} s: {self.why()}")
+                await asyncio.sleep(HEALTH_POLL_S)
+
+    async def stop(self) -> None:
+        """End this epoch, if there is one, and all its processes."""
+        if self._process is not None:
+            await self._process.stop()
+
+    def why(self) -> str:
+        """Return the last words of this epoch, and where there are more."""
+        return f"{self.process.last_words()}\n(more in {self.log})"
+
+    async def _healthy(self, session: aiohttp.ClientSession) -> bool:
+        with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+            async with session.get(f"{self.url}/health") as reply:
+                return reply.ok and self.process.alive
+        return False
+
+
+class LocalFleet:
+    """A fleet of `count` engines, up while the `async with` block lasts; `say` is told what happens, line by line."""
+
+    def __init__(
+        self, spec: EngineSpec, count: int, run_dir: Path, *, say: Callable[[str], None] = lambda _: None
+    ) -> None:
+        placements = place(count, spec.model)
+        ports = free_ports(count)
+        self.engines = [LocalEngine(i, ports[i], spec, placements[i], run_dir) for i in range(count)]
+        self._say = say
+        self._keepers: list[asyncio.Task[None]] = []
+
+    @property
+    def urls(self) -> list[str]:
+        """The engines' base URLs, the same for as long as the fleet lives."""
+        return [engine.url for engine in self.engines]
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self._start()
+        except BaseException:
+            await self._stop()
+            raise
+        self._keepers = [asyncio.create_task(self._keep(engine)) for engine in self.engines]
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stop()
+
+    async def _start(self) -> None:
+        news = asyncio.create_task(self._tell_progress())
+        try:
+            async with asyncio.TaskGroup() as group:
+                for engine in self.engines:
+                    group.create_task(self._start_one(engine))
+        except* FleetError as errors:
+            raise errors.exceptions[0] from None
+        finally:
+            news.cancel()
+
+    async def _start_one(self, engine: LocalEngine) -> None:
+        started = time.monotonic()
+        self._say(f"{engine.name} starts at {engine.url}, log in {engine.log}")
+        await engine.start()
+        self._say(f"{engine.name} is ready after {time.monotonic() - started:.0f} s")
+
+    async def _tell_progress(self) -> None:
+        started = time.monotonic()
+        while True:
+            await asyncio.sleep(NEWS_S)
+            self._say(f"engines are loading the model ({time.monotonic() - started:.0f} s)")
+
+    async def _keep(self, engine: LocalEngine) -> None:
+        """Start `engine` again whenever it dies, up to `MAX_RESTARTS` times in a row."""
+        failures = 0
+        while failures < MAX_RESTARTS:
+            born = time.monotonic()
+            await engine.process.wait()
+            failures = 1 if time.monotonic() - born > STABLE_S else failures + 1
+            backoff = FIRST_BACKOFF_S * 2 ** (failures - 1)
+            self._say(f"{engine.name} died and starts again in {backoff:.0f} s: {engine.why()}")
+            await asyncio.sleep(backoff)
+            try:
+                await self._start_one(engine)
+            except FleetError as error:
+                self._say(str(error))
+        self._say(f"{engine.name} is given up: it died {failures} times in a row")
+
+    async def _stop(self) -> None:
+        for keeper in self._keepers:
+            keeper.cancel()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
+        await asyncio.gather(*(engine.stop() for engine in self.engines))
+
+
+def free_ports(count: int) -> list[int]:
+    """Return `count` different TCP ports of the loopback interface that nobody listens on now."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind((HOST, 0))
+        return [each.getsockname()[1] for each in sockets]

@@ -1,0 +1,31 @@
+"""Running a mock engine as a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import resource
+import signal
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from seer_servers.mock.server import MockServer
+
+
+async def serve(server: MockServer, host: str, port: int) -> None:
+    """Serve until SIGINT or SIGTERM."""
+    _raise_file_limit()
+    runner, url = await server.start(host, port)
+    print(f"mock engine ready at {url}", flush=True)  # noqa: T201 - the line that starters wait for
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    await stop.wait()
+    await runner.cleanup()
+
+
+def _raise_file_limit() -> None:
+    """Ten thousand calls in flight are ten thousand sockets, more than most shells allow by default."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
