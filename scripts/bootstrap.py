@@ -15,6 +15,7 @@ except ImportError:  # what Python 3.11 brought is the first thing that an older
     sys.exit("seer setup: this is Python " + VERSION + " and Seer needs 3.11 to 3.13: run `make PYTHON=python3.12`.")
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -37,6 +38,7 @@ NEWEST_PYTHON = (3, 13)  # the newest that vLLM's compiled parts are published f
 FREE_GB = {"cpu": 6, "gpu": 20}  # while pip unpacks a wheel, it and its content are both on disk
 # vLLM imports these where it finds them, and their published wheels need the CUDA libraries that a CPU build lacks.
 CUDA_ONLY = {"torchaudio", "torchcodec", "torchvision"}
+DISK_FULL = "the disk is full (pip also needs room in $TMPDIR): free some space and run the same again."
 
 
 class SetupError(Exception):
@@ -132,7 +134,7 @@ def pip_install(*arguments: str | Path) -> None:
 def explain(output: str) -> str:
     """Return, for what a failed pip printed, the one sentence that a person needs."""
     if re.search(r"No space left|Errno 28|Disk quota exceeded", output):
-        return "the disk is full (pip also needs room in $TMPDIR): free some space and run the same again."
+        return DISK_FULL
     if re.search(r"connection broken by|Max retries exceeded|Temporary failure in name resolution", output):
         return "the package index cannot be reached: check the network and pip's settings, and run the same again."
     if re.search(r"No matching distribution found for torch\b", output):
@@ -209,8 +211,12 @@ def main() -> int:
             fcntl.flock(lock, fcntl.LOCK_EX)  # a second `make` waits, and finds the work done
             prepare_venv()
             prepare_model()
-    except (SetupError, OSError) as error:
+    except SetupError as error:
         sys.stderr.write(f"seer setup: {error}\n")
+        return 1
+    except OSError as error:
+        remedy = DISK_FULL if error.errno == errno.ENOSPC else f"{error}: mend that and run the same again."
+        sys.stderr.write(f"seer setup: {remedy}\n")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("seer setup: stopped; the same command goes on from here.\n")

@@ -98,6 +98,7 @@ class Core:
         self.calls: dict[int, Call] = {}
         self.stopped: str | None = None
         self.closing: str | None = None
+        self.tokens = 0  # accepted and not thrown away by a restart
         self.retries = 0
         self.migrations = 0
         self.restarts = 0
@@ -161,10 +162,12 @@ class Core:
         record = event.record
         request = self.buffer.requests[record.request]
         if record.chunk is None:
+            self.tokens -= request.generated
             request.restart()
             self.buffer.wait(request, self._now)
             return
         request.accept(_reply_of(record), record.chunk)
+        self.tokens += record.chunk.tokens
         request.version = record.chunk.weight_version
         request.mixed = request.mixed or record.mixed
         if request.first_start is None:
@@ -255,6 +258,7 @@ class Core:
         request.failures, request.avoid = 0, None
         request.rejected_by.clear()
         call.instance.generated += chunk.tokens
+        self.tokens += chunk.tokens
         request.finish_reason, request.stop_reason = stop or self._ending(request, reply)
         self._out.append(_record_of(request, reply, chunk))
         self.context.observe(request)
@@ -327,6 +331,7 @@ class Core:
 
     def _restart(self, request: Request) -> None:
         self.restarts += 1
+        self.tokens -= request.generated
         request.restart()
         self._out.append(Record(request=request.id))
         self._put_back(request)

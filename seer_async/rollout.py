@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -115,8 +115,9 @@ class Fleet:
         if configured:
             return load_tokenizer(configured)
         for name in self.attached:
-            if text := await self.clients[name].tokenizer_json(timeout_s=_TOKENIZE_TIMEOUT_S):
-                return Tokenizer.from_str(text)
+            with suppress(EngineError):  # it may have died since; the others have the same
+                if text := await self.clients[name].tokenizer_json(timeout_s=_TOKENIZE_TIMEOUT_S):
+                    return Tokenizer.from_str(text)
         return load_tokenizer(self.info.root or self.info.model)
 
     async def tokenise(self, prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -130,21 +131,27 @@ class Fleet:
 
         async def one(number: int, prompt: Prompt) -> Prompt:
             if prompt.token_ids is None:
+                first = number % len(clients)
                 async with at_once:
-                    prompt = await self._tokenised(prompt, clients[number % len(clients)])
+                    prompt = await self._tokenised(prompt, clients[first:] + clients[:first])
             self._check_fit(prompt)
             return prompt
 
         return list(await asyncio.gather(*(one(number, prompt) for number, prompt in enumerate(prompts))))
 
-    async def _tokenised(self, prompt: Prompt, client: EngineClient) -> Prompt:
-        try:
-            ids = await client.tokenize(prompt, timeout_s=_TOKENIZE_TIMEOUT_S)
-        except EngineError as error:
-            if error.kind is FailureKind.REJECTED:
-                raise DatasetError(f"{_where(prompt)}: the engine cannot tokenise this prompt: {error}") from error
-            raise FleetError(f"{client.url} cannot tokenise prompts: {error}") from error
-        return msgspec.structs.replace(prompt, token_ids=ids)
+    async def _tokenised(self, prompt: Prompt, clients: Sequence[EngineClient]) -> Prompt:
+        """Ask one engine after the other: one that has died since must not end the run."""
+        said = ""
+        for client in clients:
+            try:
+                ids = await client.tokenize(prompt, timeout_s=_TOKENIZE_TIMEOUT_S)
+            except EngineError as error:
+                if error.kind is FailureKind.REJECTED:
+                    raise DatasetError(f"{_where(prompt)}: the engine cannot tokenise this prompt: {error}") from error
+                said = str(error)
+            else:
+                return msgspec.structs.replace(prompt, token_ids=ids)
+        raise FleetError(f"no engine tokenises prompts any more: {said}")
 
     def _check_fit(self, prompt: Prompt) -> None:
         ids, info = prompt.token_ids or [], self.info

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 TRIAL_TIMEOUT_S = 60.0  # for one token from an engine that others may keep busy
 _RETRY_ATTACH_S = 1.0
+_REPORT_SHARE = 50  # watching may take one fiftieth of the loop's time
 
 
 class Tracer(Protocol):
@@ -266,8 +267,10 @@ class Shell:
 
     async def _report(self) -> None:
         while True:
+            begun = time.monotonic()
             self._report_once()
-            await asyncio.sleep(self._watch_s)
+            spent = time.monotonic() - begun  # grows with the run; keep it a small share of the loop's time
+            await asyncio.sleep(max(self._watch_s, _REPORT_SHARE * spent))
 
     def _report_once(self) -> None:
         self._watch(take_snapshot(self._core, self._clock.now()))

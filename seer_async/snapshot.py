@@ -5,6 +5,8 @@ A snapshot is a copy; reading it never touches the core's state. Taking one is O
 
 from __future__ import annotations
 
+import heapq
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -85,22 +87,27 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
 
 def take_snapshot(core: Core, now: float) -> Snapshot:
     """Look at the core at `now`, seconds on the run's clock."""
-    requests = core.buffer.requests.values()
-    unfinished = [r for r in requests if r.state not in TERMINAL]
-    left = {r.id: max(1, core.context.estimate(r.group) - r.generated) for r in unfinished}
-    probes = [r for r in requests if r.index < core.config.scheduler.probes]
+    groups: list[GroupView] = []
+    unfinished: list[tuple[int, Request]] = []  # tokens left by estimate
+    for group in core.buffer.groups.values():
+        estimate = core.context.estimate(group)
+        open_ = [r for r in group.requests if r.state not in TERMINAL]
+        if open_:
+            groups.append(_group(core, group, estimate, len(open_)))
+            unfinished.extend((max(1, estimate - r.generated), r) for r in open_)
+    probes = [r for g in core.buffer.groups.values() for r in g.requests[: core.config.scheduler.probes]]
     engines = [_engine(instance, now) for instance in core.instances.values()]
     counts = core.buffer.counts
     return Snapshot(
         now=now,
         done=counts[State.DONE],
         failed=counts[State.FAILED],
-        total=len(requests),
+        total=len(core.buffer.requests),
         running=counts[State.RUNNING],
         waiting=counts[State.WAITING],
         parked=counts[State.PARKED],
-        tokens=sum(r.generated for r in requests),
-        tokens_left=sum(left.values()),
+        tokens=core.tokens,
+        tokens_left=sum(left for left, _ in unfinished),
         probes_waiting=sum(r.state in {State.WAITING, State.PARKED} for r in probes),
         probes_running=sum(r.state is State.RUNNING for r in probes),
         probes_done=sum(r.state in TERMINAL for r in probes),
@@ -110,8 +117,8 @@ def take_snapshot(core: Core, now: float) -> Snapshot:
         preemptions=sum(view.preemptions for view in engines),
         closing=core.closing,
         engines=engines,
-        groups=[_group(core, g) for g in core.buffer.groups.values() if any(r.id in left for r in g.requests)],
-        tail=[_request(core, r) for r in sorted(unfinished, key=lambda r: -left[r.id])[:_SHOWN_TAIL]],
+        groups=groups,
+        tail=[_request(core, r) for _, r in heapq.nlargest(_SHOWN_TAIL, unfinished, key=itemgetter(0))],
     )
 
 
@@ -134,14 +141,14 @@ def _engine(instance: Instance, now: float) -> EngineView:
     )
 
 
-def _group(core: Core, group: Group) -> GroupView:
+def _group(core: Core, group: Group, estimate: int, unfinished: int) -> GroupView:
     return GroupView(
         id=group.id,
-        done=sum(r.state in TERMINAL for r in group.requests),
+        done=len(group.requests) - unfinished,
         total=len(group.requests),
         running=sum(r.state is State.RUNNING for r in group.requests),
         longest=max(r.generated for r in group.requests),
-        estimate=core.context.estimate(group),
+        estimate=estimate,
         known=core.context.known(group),
     )
 

@@ -198,18 +198,18 @@ class LocalFleet:
     async def _keep(self, engine: LocalEngine) -> None:
         """Start `engine` again whenever it dies, up to `MAX_RESTARTS` times in a row."""
         failures = 0
-        while failures < MAX_RESTARTS:
-            born = time.monotonic()
+        while True:
+            ready = time.monotonic()
             await engine.process.wait()
-            failures = 1 if time.monotonic() - born > STABLE_S else failures + 1
+            failures = 1 if time.monotonic() - ready > STABLE_S else failures + 1
+            if failures > MAX_RESTARTS:
+                self._say(f"{engine.name} is given up, it died {failures} times in a row: {engine.why()}")
+                return
             backoff = FIRST_BACKOFF_S * 2 ** (failures - 1)
             self._say(f"{engine.name} died and starts again in {backoff:.0f} s: {engine.why()}")
             await asyncio.sleep(backoff)
-            try:
+            with contextlib.suppress(FleetError):  # then it is dead again, which the next turn tells
                 await self._start_one(engine)
-            except FleetError as error:
-                self._say(str(error))
-        self._say(f"{engine.name} is given up: it died {failures} times in a row")
 
     async def _stop(self) -> None:
         for keeper in self._keepers:

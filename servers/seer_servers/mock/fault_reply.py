@@ -24,9 +24,8 @@ class Scene(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def wrong_types(body: Body, _scene: Scene) -> Body:
-    """Token ids as strings, and a finish reason that is a number."""
-    choice = body["choices"][0]
-    choice.update(token_ids=[str(token) for token in choice["token_ids"] or ()], finish_reason=7)
+    """Token ids as strings."""
+    body["choices"][0]["token_ids"] = [str(token) for token in _token_ids(body)]
     return body
 
 
@@ -99,8 +98,9 @@ def wrong_model(body: Body, _scene: Scene) -> Body:
 
 
 def duplicate_reply(body: Body, scene: Scene) -> Body:
-    """The content of an earlier reply to another request, under this request's id; honest while there is none."""
-    return {**body, "choices": scene.older["choices"]} if scene.older else body
+    """An earlier reply to another request, under this request's id; honest while there is none."""
+    key = "id" if "id" in body else "request_id"
+    return {**scene.older, key: body[key]} if scene.older else body
 
 
 def foreign_reply(body: Body, scene: Scene) -> Body:

@@ -170,14 +170,18 @@ def _named(outcome: Outcome, count: int, vocab_size: int, name: Callable[[int], 
     for token in tokens:
         offsets.append(end)
         end += len(token)
-    tops = (
-        _top(token, lp, count + 1, vocab_size) for token, lp in zip(outcome.token_ids, outcome.logprobs, strict=True)
-    )
+    if count == 0:
+        tops = [{token: lp} for token, lp in zip(tokens, outcome.logprobs, strict=True)]
+    else:
+        pairs = zip(outcome.token_ids, outcome.logprobs, strict=True)
+        tops = [
+            {name(other) or "": low for other, low in _top(token, lp, count + 1, vocab_size)} for token, lp in pairs
+        ]
     return _CompletionLogprobs(
         text_offset=offsets,
         token_logprobs=outcome.logprobs,
         tokens=tokens,
-        top_logprobs=[{name(token) or "": lp for token, lp in top} for top in tops],
+        top_logprobs=tops,
     )
 
 

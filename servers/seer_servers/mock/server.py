@@ -197,9 +197,12 @@ class MockServer:
     async def _tokenize(self, request: web.Request) -> web.Response:
         body = await _read(request, TokenizeBody)
         check_model(body.model, self.engine)
-        if (body.prompt is None) == (body.messages is None):
-            raise bad_request("Give either a prompt or messages.", "prompt")
-        text = body.prompt or render_chat(body.messages or (), add_generation_prompt=body.add_generation_prompt)
+        if body.messages is not None:
+            text = render_chat(body.messages, add_generation_prompt=body.add_generation_prompt)
+        elif body.prompt is not None:
+            text = body.prompt
+        else:
+            raise bad_request("Give a prompt or messages.", "prompt")
         encoded = byte_tokenizer(self.config.model.vocab_size).encode(text)
         return _json(
             {

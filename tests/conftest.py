@@ -1,0 +1,50 @@
+"""What tests share: one fleet of two real engines, started once for all tests marked `vllm`."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+from anyio.from_thread import start_blocking_portal
+from seer_servers.fleet import EngineSpec, LocalFleet
+from seer_servers.model import ensure_default_model
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+START_AND_TEST_S = 1200  # two engines and the tests share what may be two busy cores
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("vllm"):
+            item.add_marker(pytest.mark.timeout(START_AND_TEST_S))
+
+
+@pytest.fixture(scope="session")
+def vllm_installed() -> None:
+    """Require vLLM: a test suite that quietly leaves out the engines would prove nothing about them."""
+    if importlib.util.find_spec("vllm"):
+        return
+    if os.environ.get("SEER_ALLOW_NO_VLLM") == "1":
+        pytest.skip("NO REAL ENGINE WAS TESTED: vLLM is not installed and SEER_ALLOW_NO_VLLM=1 allows that")
+    pytest.fail("vLLM is not installed: run `make setup`, or set SEER_ALLOW_NO_VLLM=1 to test without engines")
+
+
+@pytest.fixture(scope="session")
+def vllm_fleet(vllm_installed: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFleet]:
+    """Two real engines in float32, where chunked and continuous greedy runs agree bit for bit; `.urls`, `.engines`.
+
+    The fleet lives on an event loop of its own, in a thread, so that it outlives each test's loop.
+    """
+    spec = EngineSpec(model=str(ensure_default_model()), dtype="float32", max_model_len=2048)
+    fleet = LocalFleet(spec, 2, tmp_path_factory.mktemp("fleet"), say=_say)
+    with start_blocking_portal() as portal, portal.wrap_async_context_manager(fleet):
+        yield fleet
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.__stderr__, flush=True)  # past pytest's capture: the start takes a minute

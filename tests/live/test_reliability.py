@@ -1,0 +1,254 @@
+"""Whole rollouts over mock engine processes that are killed, hang, lie and come back; orchestrators killed and resumed.
+
+Mock output is a pure function of prefix and seed, so every sample can be compared with an undivided run. The counts are
+those of a quick run; SEER_KILLS and SEER_SAMPLES raise them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import resource
+import signal
+import sys
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+from seer_servers.mock import LanguageModel, reference_response
+from seer_servers.mock.faults import DESCRIPTIONS
+
+from seer_async.types import Prompt
+from tests.live.engines import MockProcess, mock_engines, running
+from tests.runs import roll, samples
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from seer_async.rollout import Rollout
+
+KILLS = int(os.environ.get("SEER_KILLS", "20"))
+SAMPLES = int(os.environ.get("SEER_SAMPLES", "480"))
+MAX_TOKENS = 256
+N = 8
+MEAN = "120"
+MODEL = LanguageModel(mean_length=float(MEAN))
+SPEED = ["--step-ms", "2", "--per-request-ms", "0.01", "--mean-length", MEAN]
+TREE: dict[str, Any] = {
+    "rollout": {"n": N, "chunk_size": 32},
+    "sampling": {"max_tokens": MAX_TOKENS, "seed": 21},
+    "engine": {"telemetry_s": 0.2, "probe_timeout_s": 2.0, "chunk_timeout_s": 5.0},
+}
+
+
+def prompts(count: int) -> list[Prompt]:
+    rng = random.Random(5)
+    return [Prompt(id=f"g{i}", token_ids=[rng.randrange(3, 2000) for _ in range(rng.randrange(4, 40))]) for i in range(count)]
+
+
+def assert_right(by_id: dict[str, dict[str, Any]], groups: int) -> None:
+    """Every sample is there, and is exactly the undivided response."""
+    assert set(by_id) == {f"g{g}/{i}" for g in range(groups) for i in range(N)}
+    for sample in by_id.values():
+        tokens, logprobs, reason = reference_response(
+            sample["prompt_token_ids"], sample["seed"], MAX_TOKENS, model=MODEL
+        )
+        assert sample["token_ids"] == tokens, sample["id"]
+        assert sample["logprobs"] == pytest.approx(logprobs)
+        assert sample["finish_reason"] == reason
+        assert sample["error"] is None
+
+
+async def test_engines_killed_at_random(tmp_path: Path) -> None:
+    groups = SAMPLES // N
+    rng = random.Random(1)
+
+    async def havoc(engines: list[MockProcess]) -> None:
+        async def kill_and_restart(engine: MockProcess) -> None:
+            await engine.kill()
+            await asyncio.sleep(rng.uniform(0.2, 1.0))
+            await engine.start()
+
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(KILLS):
+                await asyncio.sleep(rng.uniform(0.05, 0.4))
+                down = {task.get_name() for task in restarts if not task.done()}
+                alive = [engine for engine in engines if engine.url not in down]
+                if alive:
+                    victim = rng.choice(alive)
+                    restarts.append(tasks.create_task(kill_and_restart(victim), name=victim.url))
+
+    restarts: list[asyncio.Task[None]] = []
+    async with mock_engines(*[SPEED] * 4) as engines:
+        chaos = asyncio.create_task(havoc(engines))
+        result = await roll(tmp_path / "run", [e.url for e in engines], prompts(groups), TREE)
+        chaos.cancel()
+        await asyncio.wait([chaos])
+    assert result.exit_code == 0
+    assert len(restarts) > 0
+    assert_right(samples(tmp_path / "run"), groups)
+    print(f"{len(restarts)} kills, {result.snapshot.retries} calls lost, {result.snapshot.migrations} migrations")
+
+
+@pytest.mark.parametrize("fault", sorted(DESCRIPTIONS))
+async def test_a_hostile_engine_spoils_nothing(tmp_path: Path, fault: str) -> None:
+    """One engine misbehaves in half of its replies; the run still ends with the right samples."""
+    async with mock_engines(SPEED, SPEED) as engines:
+        async with httpx.AsyncClient() as client:  # the engine turns hostile after it was attached
+            turn = asyncio.create_task(_turn_hostile(client, engines[1].url, fault))
+            tree = TREE | {"engine": {"telemetry_s": 0.2, "probe_timeout_s": 1.0, "chunk_timeout_s": 1.5}}
+            result = await asyncio.wait_for(roll(tmp_path / "run", [e.url for e in engines], prompts(6), tree), 90)
+            await turn
+    by_id = samples(tmp_path / "run")
+    assert result.exit_code == 0, [sample["error"] for sample in by_id.values() if sample["error"]]
+    if fault == "stale-version":  # another version is another policy: its samples are right for that version only
+        assert len(by_id) == 6 * N
+        return
+    assert_right(by_id, 6)
+
+
+async def _turn_hostile(client: httpx.AsyncClient, url: str, fault: str) -> None:
+    await asyncio.sleep(0.3)
+    (await client.post(f"{url}/mock/faults", json={fault: 0.5})).raise_for_status()
+
+
+async def test_a_sick_engine_is_ejected_soon(tmp_path: Path) -> None:
+    """One of four engines fails every call from the middle of the run on."""
+    async with mock_engines(*[SPEED] * 4) as engines:
+
+        def sicken(rollout: Rollout) -> None:
+            async def later() -> None:
+                await asyncio.sleep(0.5)
+                async with httpx.AsyncClient() as client:
+                    (await client.post(f"{engines[2].url}/mock/faults", json={"error-500": 1.0})).raise_for_status()
+                    rollout.in_flight = len(rollout.core.instances["engine-2"].in_flight)  # type: ignore[attr-defined]
+
+            rollout.task = asyncio.get_running_loop().create_task(later())  # type: ignore[attr-defined]
+            kept.append(rollout)
+
+        kept: list[Any] = []
+        result = await roll(tmp_path / "run", [e.url for e in engines], prompts(40), TREE, during=sicken)
+    assert result.exit_code == 0
+    assert_right(samples(tmp_path / "run"), 40)
+    wasted = result.snapshot.retries - kept[0].in_flight
+    assert wasted <= 10, f"{wasted} calls were sent to an engine that only fails"
+
+
+# The orchestrator as a process
+
+
+def write_dataset(path: Path, groups: int) -> None:
+    lines = [json.dumps({"id": p.id, "prompt_token_ids": p.token_ids}) for p in prompts(groups)]
+    path.write_text("\n".join(lines) + "\n")
+
+
+async def seer(*arguments: str, limit_bytes: int | None = None) -> asyncio.subprocess.Process:
+    def limited() -> None:
+        if limit_bytes is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
+
+    command = [sys.executable, "-m", "seer_cli.main", "rollout", *arguments, "--display", "none"]
+    return await asyncio.create_subprocess_exec(
+        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, preexec_fn=limited
+    )
+
+
+def run_options(tmp_path: Path, engines: list[MockProcess], groups: int) -> list[str]:
+    write_dataset(tmp_path / "data.jsonl", groups)
+    options = [str(tmp_path / "data.jsonl"), "-n", str(N), "--chunk-size", "32", "--max-tokens", str(MAX_TOKENS)]
+    options += ["--seed", "21", "--out", str(tmp_path / "run")]
+    return options + [word for engine in engines for word in ("--server", engine.url)]
+
+
+async def until_started(path: Path) -> None:
+    for _ in range(400):
+        if (path / "journal").exists() and (path / "journal").stat().st_size:
+            return
+        await asyncio.sleep(0.05)
+    raise AssertionError("the run did not start")
+
+
+async def test_the_orchestrator_killed_and_resumed(tmp_path: Path) -> None:
+    rng = random.Random(3)
+    slow = ["--step-ms", "6", "--mean-length", MEAN]
+    async with mock_engines(slow, slow) as engines:
+        process = await seer(*run_options(tmp_path, engines, 24))
+        kills = 0
+        while True:
+            await until_started(tmp_path / "run")
+            try:
+                await asyncio.wait_for(process.wait(), rng.uniform(0.2, 1.2))
+                break
+            except TimeoutError:
+                process.kill()
+                await process.wait()
+                kills += 1
+            process = await seer("--resume", str(tmp_path / "run"))
+            await asyncio.sleep(1.0)  # time to start, so that each life makes progress
+        assert process.returncode == 0, (await process.communicate())[1].decode()
+    assert kills >= 2
+    assert_right(samples(tmp_path / "run"), 24)
+    print(f"{kills} kills of the orchestrator")
+
+
+@pytest.mark.parametrize("how", ["drain", "abort", "terminate"])
+async def test_interrupted_cleanly(tmp_path: Path, how: str) -> None:
+    slow = ["--step-ms", "10", "--mean-length", MEAN]
+    async with mock_engines(slow, slow) as engines:
+        process = await seer(*run_options(tmp_path, engines, 12))
+        await until_started(tmp_path / "run")
+        process.send_signal(signal.SIGTERM if how == "terminate" else signal.SIGINT)
+        if how == "abort":
+            await asyncio.sleep(0.1)
+            process.send_signal(signal.SIGINT)
+        output, errors = await asyncio.wait_for(process.communicate(), 30)
+        assert process.returncode == 130, errors.decode()
+        await asyncio.sleep(0.3)
+        assert [await running(engine) for engine in engines] == [0, 0]
+        assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == ("drained" if how == "drain" else "aborted")
+        again = await seer("--resume", str(tmp_path / "run"))
+        assert await asyncio.wait_for(again.wait(), 60) == 0
+    assert_right(samples(tmp_path / "run"), 12)
+
+
+async def test_a_full_disk(tmp_path: Path) -> None:
+    """Exit code 5, whole lines only, and the run goes on when there is room."""
+    async with mock_engines(SPEED, SPEED) as engines:
+        process = await seer(*run_options(tmp_path, engines, 24), limit_bytes=300_000)
+        _, errors = await asyncio.wait_for(process.communicate(), 60)
+        assert process.returncode == 5, errors.decode()
+        assert b"--resume" in errors
+        for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines():
+            json.loads(line)
+        again = await seer("--resume", str(tmp_path / "run"))
+        assert await asyncio.wait_for(again.wait(), 60) == 0
+    assert_right(samples(tmp_path / "run"), 24)
+
+
+async def test_no_usable_engine(tmp_path: Path) -> None:
+    async with mock_engines(SPEED) as engines:
+        options = run_options(tmp_path, engines, 2)
+    process = await seer(*options, "--json")
+    output, _ = await asyncio.wait_for(process.communicate(), 60)
+    assert process.returncode == 4
+    assert json.loads(output)["error"] == "FleetError"
+    assert not (tmp_path / "run").exists()
+
+
+async def test_two_writers_of_one_folder(tmp_path: Path) -> None:
+    slow = ["--step-ms", "10", "--mean-length", MEAN]
+    async with mock_engines(slow) as engines:
+        first = await seer(*run_options(tmp_path, engines, 8))
+        await until_started(tmp_path / "run")
+        second = await seer("--resume", str(tmp_path / "run"))
+        _, errors = await asyncio.wait_for(second.communicate(), 30)
+        assert second.returncode == 5
+        assert b"another process" in errors
+        third = await seer(*run_options(tmp_path, engines, 8))
+        _, errors = await asyncio.wait_for(third.communicate(), 30)
+        assert third.returncode == 5
+        assert b"holds another run" in errors
+        assert await asyncio.wait_for(first.wait(), 90) == 0
+    assert_right(samples(tmp_path / "run"), 8)

@@ -1,0 +1,358 @@
+"""Local engines: their place and command line, their start, death, restart and end; and no process left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import urllib.request
+from typing import TYPE_CHECKING
+
+import msgspec
+import psutil
+import pytest
+from seer_servers import fleet as fleet_module
+from seer_servers import placement, process
+from seer_servers.fleet import EngineSpec, LocalFleet, free_ports
+from seer_servers.model import ensure_default_model
+from seer_servers.process import Process
+
+from seer_async.errors import FleetError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+# Stands in for vLLM's server: the same command line and /health, a grandchild as vLLM has, and trouble on demand.
+FAKE_VLLM = """
+import http.server, os, subprocess, sys, json
+options = dict(zip(sys.argv[1:], sys.argv[2:]))
+if "--die" in sys.argv:
+    print("\\x1b[31mINFO\\x1b[0m starting\\nValueError: the model is too large\\nINFO bye")
+    sys.exit(3)
+subprocess.Popen(["sleep", "600"])
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        seen = {name: os.environ.get(name) for name in json.loads(os.environ.get("SHOW", "[]"))}
+        self.wfile.write(json.dumps({"pid": os.getpid(), "argv": sys.argv, "env": seen}).encode())
+http.server.ThreadingHTTPServer((options["--host"], int(options["--port"])), Handler).serve_forever()
+"""
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> EngineSpec:
+    """A spec whose engines run `FAKE_VLLM`, found before the real package."""
+    package = tmp_path / "path" / "vllm" / "entrypoints" / "openai"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent, package.parent.parent):
+        (folder / "__init__.py").touch()
+    (package / "api_server.py").write_text(FAKE_VLLM)
+    return EngineSpec(model="m", extra_env={"PYTHONPATH": str(tmp_path / "path")})
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet_module, "FIRST_BACKOFF_S", 0.05)
+    monkeypatch.setattr(fleet_module, "HEALTH_POLL_S", 0.05)
+
+
+def ask(url: str) -> dict[str, object]:
+    with urllib.request.urlopen(f"{url}/health", timeout=5) as reply:
+        return json.load(reply)
+
+
+def members(group: int) -> list[psutil.Process]:
+    """The living processes of a process group."""
+    found = []
+    for each in psutil.process_iter(["status"]):
+        try:
+            if os.getpgid(each.pid) == group and each.info["status"] != psutil.STATUS_ZOMBIE:
+                found.append(each)
+        except ProcessLookupError:
+            pass
+    return found
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+
+
+async def eventually(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110 - what is waited for happens in another process
+            await asyncio.sleep(0.02)
+
+
+class TestSpec:
+    def test_arguments(self) -> None:
+        spec = EngineSpec(model="/m", max_model_len=2048, num_blocks=64, eager=True, extra_args=("--seed", "7"))
+        words = spec.arguments(8000, 1 << 30)
+        options = dict(itertools.pairwise(words))
+        assert options["--host"] == "127.0.0.1"
+        assert options["--port"] == "8000"
+        assert options["--max-model-len"] == "2048"
+        assert options["--block-size"] == "32"
+        assert options["--num-gpu-blocks-override"] == "64"
+        assert options["--kv-cache-memory-bytes"] == str(1 << 30)
+        assert "--max-num-seqs" not in words
+        assert {"--enable-scale-out", "--enforce-eager"} <= set(words)
+        assert words[-2:] == ["--seed", "7"]
+
+    def test_own_kv_size_goes_before_the_place_s(self) -> None:
+        words = EngineSpec(model="/m", kv_cache_gib=0.5).arguments(8000, 1 << 30)
+        assert words[words.index("--kv-cache-memory-bytes") + 1] == str(1 << 29)
+
+    @pytest.mark.vllm
+    def test_vllm_knows_every_option(self, vllm_installed: None) -> None:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.entrypoints.openai.cli_args import make_arg_parser
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+        spec = EngineSpec(model="/m", max_model_len=1, max_num_seqs=1, num_blocks=1, eager=True)
+        parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(spec.arguments(8000, 1 << 30))
+        arguments = AsyncEngineArgs.from_cli_args(parsed)
+        assert (arguments.block_size, arguments.num_gpu_blocks_override, arguments.enforce_eager) == (32, 1, True)
+        assert arguments.kv_cache_memory_bytes == 1 << 30
+        assert arguments.logprobs_mode == "processed_logprobs"
+
+
+class TestPlacement:
+    def test_cores_are_shared_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(placement, "visible_gpus", list)
+        monkeypatch.setattr(placement, "usable_cores", lambda: [2, 3, 5, 7, 8])
+        cores = [each.env["VLLM_CPU_OMP_THREADS_BIND"] for each in placement.place(2, "m")]
+        assert cores == ["2,3", "5,7"]
+
+    def test_more_engines_than_cores(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(placement, "visible_gpus", list)
+        monkeypatch.setattr(placement, "usable_cores", lambda: [0, 1])
+        assert [each.env["VLLM_CPU_OMP_THREADS_BIND"] for each in placement.place(3, "m")] == ["0", "1", "0"]
+
+    @pytest.fixture
+    def driver(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        program = tmp_path / "nvidia-smi"
+        program.write_text("#!/bin/sh\necho '0, 81559, GPU-aa'\necho '1, 40960, GPU-bb'\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def test_one_gpu_each_and_vllm_measures(self, driver: None) -> None:
+        placements = placement.place(2, "m")
+        assert [each.env for each in placements] == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
+        assert [each.kv_bytes for each in placements] == [None, None]
+
+    def test_a_shared_gpu_is_not_promised_twice(
+        self, driver: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-aa")
+        (tmp_path / "model.safetensors").write_bytes(b"w" * 1000)
+        placements = placement.place(3, str(tmp_path))
+        assert {each.env["CUDA_VISIBLE_DEVICES"] for each in placements} == {"GPU-aa"}
+        sizes = [each.kv_bytes for each in placements]
+        assert all(size is not None and size > 20 << 30 for size in sizes)
+        assert sum(size + 1000 + placement.GPU_OVERHEAD_BYTES for size in sizes if size) <= 81559 << 20
+
+    def test_too_many_for_the_gpus(self, driver: None) -> None:
+        with pytest.raises(FleetError, match="do not fit on GPU 1"):
+            placement.place(40, "m")
+
+    def test_a_gpu_hidden_from_us_is_left_alone(self, driver: None, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+        assert placement.visible_gpus() == [("1", 40960 << 20)]
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        assert placement.visible_gpus() == []
+
+
+class TestProcess:
+    STUBBORN = "import signal, subprocess, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    STUBBORN += "subprocess.Popen(['sleep', '600']); print('up', flush=True); time.sleep(600)"
+
+    WITH_CHILD = "import subprocess, time; subprocess.Popen(['sleep', '600']); time.sleep(600)"
+
+    async def start(self, tmp_path: Path, code: str) -> Process:
+        started = await Process.start([sys.executable, "-c", code], os.environ, tmp_path / "logs" / "p.log")
+        log = tmp_path / "logs" / "p.log"
+        await eventually(lambda: "up" in log.read_text() or not started.alive)
+        return started
+
+    async def test_a_child_that_will_not_end_is_killed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(process, "GRACE_S", 0.3)
+        child = await self.start(tmp_path, self.STUBBORN)
+        assert len(members(child.pid)) == 3, "guard, child, grandchild"
+        await child.stop()
+        assert not members(child.pid)
+
+    async def test_the_guard_asks_before_it_kills(self, tmp_path: Path) -> None:
+        code = "import signal, sys, time\ndef end(*_): print('tidy', flush=True); sys.exit()\n"
+        code += "signal.signal(signal.SIGTERM, end); print('up', flush=True); time.sleep(600)"
+        child = await self.start(tmp_path, code)
+        await child.stop()
+        assert "tidy" in (tmp_path / "logs" / "p.log").read_text()
+        assert not members(child.pid)
+
+    async def test_what_a_dead_child_leaves_is_killed(self, tmp_path: Path) -> None:
+        child = await self.start(tmp_path, "import subprocess; subprocess.Popen(['sleep', '600']); print('up')")
+        await asyncio.wait_for(child.wait(), 20)
+        assert not members(child.pid)
+        assert child.last_words() == "exited with code 0"
+
+    async def test_a_killed_guard_takes_all_with_it(self, tmp_path: Path) -> None:
+        child = await self.start(tmp_path, self.STUBBORN)
+        os.kill(child.pid, signal.SIGKILL)
+        await asyncio.wait_for(child.wait(), 20)
+        wait_until(lambda: not members(child.pid))
+
+    @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+    def test_nothing_outlives_the_owner(self, tmp_path: Path, how: signal.Signals) -> None:
+        owner_code = f"""
+            import asyncio, os, sys
+            from pathlib import Path
+            from seer_servers.process import Process
+            async def main():
+                child = await Process.start([sys.executable, "-c", {self.WITH_CHILD!r}], os.environ, Path("log"))
+                print(child.pid, flush=True)
+                await asyncio.sleep(600)
+            asyncio.run(main())
+        """
+        command = [sys.executable, "-c", textwrap.dedent(owner_code)]
+        owner = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL)
+        assert owner.stdout
+        group = int(owner.stdout.readline())
+        wait_until(lambda: len(members(group)) == 3)
+        owner.send_signal(how)
+        owner.wait(20)
+        wait_until(lambda: not members(group))
+
+    async def test_last_words_are_the_errors_without_control_characters(self, tmp_path: Path) -> None:
+        code = r"print('up\n\x1b[31mRuntimeError: no \x07memory\x1b[0m\nINFO cleaning up'); raise SystemExit(1)"
+        child = await self.start(tmp_path, code)
+        await child.wait()
+        assert child.last_words() == "RuntimeError: no memory\nexited with code 1"
+
+    async def test_last_words_are_of_this_life_only(self, tmp_path: Path) -> None:
+        await (await self.start(tmp_path, "print('OSError: old'); raise SystemExit(1)")).wait()
+        child = await self.start(tmp_path, "print('fine')")
+        await child.wait()
+        assert "old" not in child.last_words()
+        assert "old" in (tmp_path / "logs" / "p.log").read_text()
+
+
+class TestFleet:
+    async def test_two_engines_come_and_go(
+        self, spec: EngineSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("VLLM_API_KEY", "of somebody else")
+        monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "40")
+        names = ["VLLM_API_KEY", "VLLM_CPU_KVCACHE_SPACE", "VLLM_PLUGINS", "HF_HUB_OFFLINE"]
+        env = spec.extra_env | {"SHOW": json.dumps(names)}
+        lines: list[str] = []
+        async with LocalFleet(msgspec.structs.replace(spec, extra_env=env), 2, tmp_path, say=lines.append) as fleet:
+            assert len(set(fleet.urls)) == 2
+            for engine in fleet.engines:
+                assert engine.url.startswith("http://127.0.0.1:")
+                seen = ask(engine.url)
+                assert seen["env"] == dict(zip(names, [None, None, "seer", "1"], strict=True))
+                assert engine.log.is_file()
+            groups = [engine.process.pid for engine in fleet.engines]
+        assert not any(members(group) for group in groups)
+        assert sum(bool(re.fullmatch(r"engine-\d is ready after \d+ s", line)) for line in lines) == 2
+
+    async def test_an_engine_that_dies_while_starting_ends_the_wait(self, spec: EngineSpec, tmp_path: Path) -> None:
+        dying = msgspec.structs.replace(spec, extra_args=("--die",))
+        started = time.monotonic()
+        with pytest.raises(FleetError, match="ended while it started") as raised:
+            await LocalFleet(dying, 1, tmp_path).__aenter__()
+        assert time.monotonic() - started < 20
+        assert "ValueError: the model is too large\nexited with code 3\n" in str(raised.value)
+        assert "engine-0.log" in str(raised.value)
+
+    async def test_one_bad_engine_takes_the_others_down(self, spec: EngineSpec, tmp_path: Path) -> None:
+        fleet = LocalFleet(spec, 2, tmp_path)
+        fleet.engines[1]._command.append("--die")
+        with pytest.raises(FleetError, match="engine-1 ended"):
+            await fleet.__aenter__()
+        assert not members(fleet.engines[0].process.pid)
+
+    async def test_a_killed_engine_comes_back_at_its_url(self, spec: EngineSpec, tmp_path: Path) -> None:
+        lines: list[str] = []
+        async with LocalFleet(spec, 1, tmp_path, say=lines.append) as fleet:
+            (engine,) = fleet.engines
+            first = await asyncio.to_thread(ask, engine.url)
+            old_group = engine.process.pid
+            engine.process.kill()
+            await eventually(lambda: sum("is ready" in line for line in lines) == 2)
+            assert engine.epoch == 2
+            assert (await asyncio.to_thread(ask, engine.url))["pid"] != first["pid"]
+            assert not members(old_group)
+            group = engine.process.pid
+        assert not members(group), "an engine that was started again ends with the fleet too"
+        assert any("engine-0 died and starts again" in line for line in lines)
+
+    async def test_an_engine_that_keeps_dying_is_given_up(
+        self, spec: EngineSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(fleet_module, "MAX_RESTARTS", 2)
+        lines: list[str] = []
+        async with LocalFleet(spec, 1, tmp_path, say=lines.append) as fleet:
+            (engine,) = fleet.engines
+            engine._command.append("--die")
+            engine.process.kill()
+            await asyncio.wait_for(fleet._keepers[0], 30)
+            assert engine.epoch == 3
+        assert lines[-1].startswith(
+            "engine-0 is given up, it died 3 times in a row: ValueError: the model is too large"
+        )
+
+    async def test_leaving_while_engines_start_ends_them(self, spec: EngineSpec, tmp_path: Path) -> None:
+        fleet = LocalFleet(spec, 1, tmp_path)
+        (engine,) = fleet.engines
+        engine.url = "http://127.0.0.1:9"  # never answers
+        entering = asyncio.create_task(fleet.__aenter__())
+        await eventually(lambda: engine._process is not None)
+        entering.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await entering
+        assert not members(engine.process.pid)
+
+    def test_ports_differ(self) -> None:
+        assert len(set(free_ports(50))) == 50
+
+
+OWNER = """
+import asyncio, sys
+from pathlib import Path
+from seer_servers.fleet import EngineSpec, LocalFleet
+async def main():
+    spec = EngineSpec(model=sys.argv[1], max_model_len=512, eager=True)
+    async with LocalFleet(spec, 1, Path(sys.argv[2])) as fleet:
+        print(fleet.engines[0].process.pid, fleet.urls[0], flush=True)
+        await asyncio.sleep(600)
+asyncio.run(main())
+"""
+
+
+@pytest.mark.vllm
+def test_no_process_of_vllm_outlives_a_killed_owner(vllm_installed: None, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", OWNER, str(ensure_default_model()), str(tmp_path)]
+    owner = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert owner.stdout
+    group, url = owner.stdout.readline().split()
+    names = " ".join(" ".join(each.cmdline()) for each in members(int(group)))
+    assert "VLLM::EngineCore" in names
+    assert "VLLM::Worker" in names
+    owner.kill()
+    wait_until(lambda: not members(int(group)), process.GRACE_S + 10)
+    with pytest.raises(OSError, match="refused"):
+        ask(url)

@@ -1,0 +1,93 @@
+"""Chunked sampling on real vLLM is undivided sampling, token for token, with every option that is accepted.
+
+The engines run in float32, where a prefix computed in one prefill and one computed token by token agree closely enough
+that greedy and seeded runs do not drift apart.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+
+from seer_async.dataset import default_dataset, read_dataset
+from tests.runs import roll, samples
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from seer_servers.fleet import LocalFleet
+
+pytestmark = pytest.mark.vllm
+
+CHUNK_SIZES = (7, 16, 64, 0)
+MAX_TOKENS = 96
+OPTIONS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "greedy, penalties": {
+        "temperature": 0.0,
+        "presence_penalty": 0.7,
+        "frequency_penalty": 0.4,
+        "repetition_penalty": 1.1,
+    },
+    "greedy, stop strings": {"temperature": 0.0, "stop": [" the", "\n\n", "ion of"]},
+    "greedy, stop string kept": {"temperature": 0.0, "stop": ["ing "], "include_stop_str_in_output": True},
+    "greedy, min_tokens": {"temperature": 0.0, "min_tokens": 80},
+    "greedy, no eos": {"temperature": 0.0, "ignore_eos": True},
+    "greedy, bad words, bias": {"temperature": 0.0, "bad_words": [" the", " is a"], "logit_bias": {198: -5.0, 253: 2.0}},
+    "greedy, stop tokens, alternatives": {"temperature": 0.0, "stop_token_ids": [198, 30], "logprobs": 3},
+    "seeded": {"temperature": 1.0, "seed": 11},
+    "seeded, filtered": {"temperature": 0.8, "seed": 12, "top_p": 0.9, "top_k": 40, "min_p": 0.02},
+    "seeded, penalties, stop": {
+        "temperature": 1.0,
+        "seed": 13,
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.3,
+        "stop": ["\n\n"],
+        "min_tokens": 10,
+    },
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+async def test_chunk_size_does_not_matter(vllm_fleet: LocalFleet, tmp_path: Path, name: str) -> None:
+    prompts = read_dataset(default_dataset(), 4)
+    runs = {}
+    for size in CHUNK_SIZES:
+        tree = {
+            "rollout": {"n": 2, "chunk_size": size},
+            "sampling": {"max_tokens": MAX_TOKENS, "seed": 5} | OPTIONS[name],
+            "scheduler": {"affinity": 0.0},  # move as often as balance allows
+        }
+        result = await roll(tmp_path / str(size), vllm_fleet.urls, prompts, tree)
+        assert result.exit_code == 0
+        runs[size] = samples(tmp_path / str(size))
+    whole = runs[0]
+    assert all(len(sample["chunks"]) == 1 for sample in whole.values())
+    assert any(len(sample["chunks"]) > 3 for sample in runs[7].values())
+    for size in CHUNK_SIZES[:-1]:
+        for key, sample in runs[size].items():
+            expected = whole[key]
+            assert sample["token_ids"] == expected["token_ids"], f"{key} differs at chunk size {size}"
+            assert sample["text"] == expected["text"]
+            assert (sample["finish_reason"], sample["stop_reason"]) == (expected["finish_reason"], expected["stop_reason"])
+            assert sample["logprobs"] == pytest.approx(expected["logprobs"], abs=2e-3)
+            if sample["top_logprobs"]:
+                assert [len(tops) for tops in sample["top_logprobs"]] == [3] * len(sample["token_ids"])
+
+
+@pytest.mark.parametrize("name", ["greedy, stop strings", "greedy, penalties", "greedy, min_tokens"])
+async def test_undivided_through_us_is_vllm_itself(vllm_fleet: LocalFleet, tmp_path: Path, name: str) -> None:
+    """Text, tokens and finish reason are those of a plain /v1/completions call."""
+    prompts = read_dataset(default_dataset(), 4)
+    tree = {"rollout": {"n": 1, "chunk_size": 16}, "sampling": {"max_tokens": MAX_TOKENS} | OPTIONS[name]}
+    await roll(tmp_path / "run", vllm_fleet.urls, prompts, tree)
+    async with httpx.AsyncClient(base_url=vllm_fleet.urls[0], timeout=120) as client:
+        model = (await client.get("/v1/models")).json()["data"][0]["id"]
+        for sample in samples(tmp_path / "run").values():
+            body = {"model": model, "prompt": sample["prompt_token_ids"], "max_tokens": MAX_TOKENS, "return_token_ids": True}
+            choice = (await client.post("/v1/completions", json=body | OPTIONS[name])).json()["choices"][0]
+            assert sample["token_ids"] == choice["token_ids"]
+            assert sample["text"] == choice["text"]
+            assert sample["finish_reason"] == choice["finish_reason"]
