@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from seer_async.request import TERMINAL, State
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
 
     from seer_async.policies import Policy
     from seer_async.request import Group, Request
@@ -56,7 +56,7 @@ class RequestBuffer:
         self._move(request, State.RUNNING)
 
     def end(self, request: Request, state: State) -> None:
-        """The request is DONE or FAILED, for good."""
+        """The request is DONE, FAILED or UNFINISHED, for good."""
         assert state in TERMINAL
         self._move(request, state)
 
@@ -80,14 +80,14 @@ class RequestBuffer:
 
     @property
     def ended(self) -> int:
-        """Requests that are DONE or FAILED."""
-        return self.counts[State.DONE] + self.counts[State.FAILED]
+        """Requests that have ended, one way or another."""
+        return sum(self.counts[state] for state in TERMINAL)
 
     @property
     def open(self) -> int:
         """Requests that are not."""
         return len(self.requests) - self.ended
 
-    def unfinished(self) -> Iterator[Request]:
+    def unfinished(self) -> list[Request]:
         """Requests still to be finished, in dataset order."""
-        return (r for r in self.requests.values() if r.state not in TERMINAL)
+        return [r for r in self.requests.values() if r.state not in TERMINAL]

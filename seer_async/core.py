@@ -105,7 +105,7 @@ class Core:
         self._tokenizer = tokenizer
         self._next_call = 0
         self._input_closed = False
-        self._usable_at: float | None = None  # last time an engine could take calls
+        self._idle_since: float | None = None  # requests are open, and nothing is in flight
         self._woken_at: float | None = None
         self._out: list[Command] = []
         self._now = 0.0
@@ -173,10 +173,13 @@ class Core:
         if request.first_start is None:
             request.first_start = record.chunk.start
         self.context.observe(request)
-        if record.finish_reason is None:
+        self.policy.learned(request)
+        request.finish_reason, request.stop_reason = record.finish_reason, record.stop_reason
+        if request.finish_reason is None and request.generated >= request.group.limit:
+            request.finish_reason = "length"  # today's engines have a shorter context than those before
+        if request.finish_reason is None:
             self.buffer.wait(request, self._now)  # its place in the queue depends on what it has generated
             return
-        request.finish_reason, request.stop_reason = record.finish_reason, record.stop_reason
         self._finish(request, emit=not event.emitted)
 
     # Engines
@@ -236,6 +239,10 @@ class Core:
         request, reply = call.request, event.reply
         call.instance.succeeded()
         assert request.generated == call.generated, "a request's tokens change only through its call"
+        if not reply.token_ids:  # aborted on the engine before its first token: someone paused it
+            call.instance.close_for(_BUSY_WAIT_S, self._now)
+            self._put_back(request)
+            return
         version, mixed = self._version_of(call, reply)
         if mixed and self.config.rollout.mixed_versions == "restart":
             self._restart(request)
@@ -272,7 +279,7 @@ class Core:
         """The weight version of the reply's last token, and whether the response now mixes versions."""
         versions = [span.version for span in reply.versions if span.end > span.start]
         if not versions:
-            versions = [call.weight_version, call.instance.version]
+            versions = [call.weight_version, reply.version_after or call.instance.version]
         last = versions[-1]
         if last != call.weight_version == call.instance.version:  # the reply knows before the telemetry does
             call.instance.version = last
@@ -368,8 +375,6 @@ class Core:
 
     def _schedule(self) -> None:
         usable = sum(instance.usable(self._now) for instance in self.instances.values())
-        if usable or self._usable_at is None:
-            self._usable_at = self._now
         if self.closing or not usable:
             return
         skipped: list[Request] = []
@@ -409,7 +414,7 @@ class Core:
     def _no_candidate(self, request: Request, tokens: int) -> None:
         """Nobody may take the request now: begin it again, give it up, or set it aside until the fleet changes."""
         ups = [instance for instance in self.instances.values() if instance.up]
-        if request.version is not None and all(instance.version != request.version for instance in ups):
+        if request.version is not None and not any(self._version_fits(request, instance) for instance in ups):
             self._restart(request)
         elif len(ups) == len(self.instances) and not any(instance.could_hold(tokens) for instance in ups):
             self._fail(request, f"too long: a sequence of {tokens} tokens does not fit any engine's KV cache")
@@ -483,6 +488,8 @@ class Core:
         ):
             self._cancel_all()
             for request in self.buffer.unfinished():
+                request.finish_reason = "unfinished"
+                self.buffer.end(request, State.UNFINISHED)
                 self._emit(request)
             self._stop("done")
         elif self.closing and not self.calls:
@@ -493,8 +500,11 @@ class Core:
     def _wake_when_needed(self) -> None:
         closed = [i.closed_until for i in self.instances.values() if i.up and i.closed_until > self._now]
         due = closed
-        if self._usable_at is not None and self._usable_at < self._now:
-            end = self._usable_at + self.config.engine.patience_s
+        if self.calls or not self.buffer.open:
+            self._idle_since = None
+        else:
+            self._idle_since = self._now if self._idle_since is None else self._idle_since
+            end = self._idle_since + self.config.engine.patience_s
             if self._now >= end:
                 self._stop("no_engine")
                 return

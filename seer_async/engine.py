@@ -101,7 +101,10 @@ class EngineClient:
         tops = 1 + int(spec.params.get("logprobs", 0))
         limit = _REPLY_BASE + spec.max_tokens * tops * _REPLY_PER_TOKEN + 8 * len(spec.prefix)
         body = await self._request("POST", dialect.path, dialect.encode(spec), timeout_s, limit)
-        return dialect.decode(body, spec)
+        reply = dialect.decode(body, spec)
+        if reply.versions:
+            return reply
+        return msgspec.structs.replace(reply, version_after=await self._weight_version(timeout_s))
 
     async def stats(self, *, timeout_s: float) -> EngineStats:
         """One reading of the telemetry."""

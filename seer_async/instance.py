@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _SPARE_BLOCKS = 1  # vLLM keeps one block for itself
 _PREEMPTION_CUT = 0.9  # trust this much less of an engine's KV after each preemption it reports
 _LEAST_TRUST = 0.3
+_MOST_DOUBLINGS = 16  # of the time an engine stays closed; beyond, floats overflow
 
 
 class Instance:
@@ -55,6 +56,7 @@ class Instance:
         self.closed_until = 0.0
         self.half_open = False
         self._foreign = self._peak_reserved = 0
+        self._trust = 1.0
 
     def observe(self, stats: EngineStats) -> None:
         """Take in one reading of the engine's telemetry."""
@@ -101,12 +103,19 @@ class Instance:
         return self.up and now >= self.closed_until
 
     def has_room(self, tokens: int) -> bool:
-        """Whether a chunk that ends with a sequence of at most `tokens` may be admitted now."""
+        """Whether a chunk that ends with a sequence of at most `tokens` may be admitted now.
+
+        An engine without calls of ours takes any one that fits it at all, whatever its telemetry says: with nothing in
+        flight there is nothing to wait for.
+        """
+        if not self.in_flight:
+            return self.could_hold(tokens)
         return len(self.in_flight) < self.slots and self.blocks(tokens) <= self.free
 
     def could_hold(self, tokens: int) -> bool:
         """Whether such a chunk would fit an otherwise empty engine."""
-        return self.blocks(tokens) <= self._usable
+        assert self.info is not None
+        return self.blocks(tokens) <= self._usable and tokens <= self.info.max_model_len
 
     def dispatch(self, call: int, tokens: int) -> None:
         """Reserve room for a call."""
@@ -131,7 +140,7 @@ class Instance:
             return  # calls sent before it was closed fail together; they are one incident
         self.failures += 1
         if self.failures >= self.config.eject_after or self.half_open:
-            self.close_for(min(self.config.eject_max_s, self.config.eject_s * 2**self.ejections), now)
+            self.close_for(min(self.config.eject_max_s, self.config.eject_s * 2 ** min(self.ejections, _MOST_DOUBLINGS)), now)
             self.ejections += 1
             self.failures = 0
             self.half_open = True

@@ -27,7 +27,7 @@ def most_room(tokens: int, instances: Sequence[Instance], last: str | None, affi
     for instance in instances:
         if not instance.has_room(tokens):
             continue
-        load = (instance.reserved + instance.blocks(tokens)) / instance.capacity
+        load = (instance.reserved + instance.blocks(tokens)) / max(1, instance.capacity)
         if instance.name == last:
             home, home_load = instance, load
         if best is None or load < best_load:

@@ -26,9 +26,10 @@ class State(StrEnum):
     RUNNING = "running"  # one call is in flight
     DONE = "done"
     FAILED = "failed"
+    UNFINISHED = "unfinished"  # given up because the policy has enough
 
 
-TERMINAL = (State.DONE, State.FAILED)
+TERMINAL = (State.DONE, State.FAILED, State.UNFINISHED)
 
 
 class Group:
@@ -127,6 +128,8 @@ class Request:
     def restart(self) -> None:
         """Forget every token: the response begins again from its prompt."""
         self._clear()
+        self.mixed = False
+        self.rejected_by.clear()
 
     @property
     def length(self) -> int:
@@ -174,7 +177,7 @@ class Request:
             text=text,
             logprobs=self.logprobs.tolist(),
             top_logprobs=self.top_logprobs or None,
-            finish_reason=self.finish_reason or "unfinished",
+            finish_reason=self.finish_reason or "error",
             stop_reason=None if self.stop_reason is None else str(self.stop_reason),
             error=self.error,
             seed=self.seed,

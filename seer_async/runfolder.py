@@ -129,7 +129,8 @@ class RunFolder:
         try:
             lock = _lock(path)  # before anything is repaired
             records = read_journal(path / "journal", repair=True)
-            emitted = _settle_samples(path / "samples.jsonl")
+            finished = {record.request for record in records if record.finish_reason is not None}
+            emitted = _settle_samples(path / "samples.jsonl", finished)
             os.close(lock)
             info.resumed = [*info.resumed, time.time()]
             info.status = "running"
@@ -216,8 +217,12 @@ def _pretty(info: RunInfo) -> bytes:
     return msgspec.json.format(msgspec.json.encode(info), indent=2) + b"\n"
 
 
-def _settle_samples(path: Path) -> set[str]:
-    """Keep the lines of samples that ended well, and say which; drop a torn end and samples that are tried again."""
+def _settle_samples(path: Path, finished: set[str]) -> set[str]:
+    """Keep the lines of samples that the journal knows as finished, and say which.
+
+    A torn end is dropped, and so are samples that are tried again: those that failed, and those whose last record a
+    power cut has taken.
+    """
     kept: set[str] = set()
     dropped = False
     draft = path.with_name(path.name + ".new")
@@ -226,7 +231,7 @@ def _settle_samples(path: Path) -> set[str]:
     with path.open("rb") as file, draft.open("wb") as out:
         for line in file:
             head = _head(line)
-            if head is not None and head.finish_reason in _KEPT and head.id not in kept:
+            if head is not None and head.finish_reason in _KEPT and head.id in finished and head.id not in kept:
                 kept.add(head.id)
                 out.write(line)
             else:

@@ -55,7 +55,7 @@ class ChunkReply(msgspec.Struct, frozen=True, kw_only=True):
     `token_ids`, `logprobs` and (when asked for) `top_logprobs` have one entry per generated token.
     `finish_reason` is "stop", "length" or "abort"; `stop_reason` is a stop string or a stop token id, and
     None when the model's own end-of-sequence token ended the response. `versions` is empty when the engine
-    does not say which weights sampled which token.
+    does not say which weights sampled which token; `version_after` is then what it had after the last one.
     """
 
     token_ids: list[int]
@@ -64,6 +64,7 @@ class ChunkReply(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: str
     stop_reason: int | str | None = None
     versions: tuple[VersionSpan, ...] = ()
+    version_after: str | None = None
 
 
 class Chunk(msgspec.Struct, frozen=True, kw_only=True):

@@ -20,6 +20,7 @@ from seer_async.types import ChunkReply, TopLogprob, VersionSpan
 
 _LOGPROB_FLOOR = -9999.0  # what vLLM writes for minus infinity and NaN
 _LOGPROB_SLACK = 1e-3  # a log-softmax in low precision may round above 0
+_TOKEN_ID_END = 2**31
 _FINISH_REASONS = frozenset({"stop", "length", "abort"})
 
 
@@ -53,12 +54,17 @@ class _Raw(msgspec.Struct):
 
     id: str
     model: str
+    prompt_tokens: int
     token_ids: list[int]
     logprobs: list[float]
     tops: list[list[TopLogprob]]
     finish_reason: str | None
     stop_reason: int | str | None
     versions: tuple[VersionSpan, ...] = ()
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int
 
 
 # /inference/v1/generate
@@ -84,6 +90,7 @@ class _GenerateChoice(msgspec.Struct):
 
 class _GenerateReply(msgspec.Struct):
     request_id: str
+    usage: _Usage
     choices: list[_GenerateChoice]
     model: str | None = None
 
@@ -99,13 +106,17 @@ class Generate:
         self._decoder = msgspec.json.Decoder(_GenerateReply)
 
     def encode(self, spec: CallSpec) -> bytes:
-        """The body of the call."""
+        """The body of the call.
+
+        This endpoint counts the sampled token among the alternatives, so it is asked for one more.
+        """
+        tops = spec.params["logprobs"]
         return self._encoder.encode(
             {
                 "request_id": spec.request_id,
                 "model": spec.model,
                 "token_ids": spec.prefix,
-                "sampling_params": spec.params,
+                "sampling_params": spec.params | {"logprobs": tops + (tops > 0)},
                 "cache_salt": spec.cache_salt,
             }
         )
@@ -120,6 +131,7 @@ class Generate:
         raw = _Raw(
             reply.request_id,
             spec.model if reply.model is None else reply.model,
+            reply.usage.prompt_tokens,
             choice.token_ids,
             [p.logprob for p in positions],
             [p.top_logprobs for p in positions],
@@ -148,6 +160,7 @@ class _Choice(msgspec.Struct):
 class _CompletionReply(msgspec.Struct):
     id: str
     model: str
+    usage: _Usage
     choices: list[_Choice]
 
 
@@ -187,6 +200,7 @@ class Completions:
         raw = _Raw(
             reply.id,
             reply.model,
+            reply.usage.prompt_tokens,
             choice.token_ids,
             choice.logprobs.token_logprobs,
             [_tops(top) for top in choice.logprobs.top_logprobs],
@@ -221,7 +235,7 @@ def _only(choices: list[Any]) -> Any:
 
 def _checked(raw: _Raw, spec: CallSpec) -> ChunkReply:  # noqa: C901 - a list of checks, read from top to bottom
     count = len(raw.token_ids)
-    if spec.request_id not in raw.id:
+    if not raw.id.endswith(f"-{spec.request_id}") or raw.prompt_tokens != len(spec.prefix):
         raise _bad("it belongs to another request")
     if raw.model != spec.model:
         raise _bad(f"it comes from model {raw.model[:80]!r}")
@@ -235,7 +249,7 @@ def _checked(raw: _Raw, spec: CallSpec) -> ChunkReply:  # noqa: C901 - a list of
         raise _bad(f"it holds {len(raw.logprobs)} logprobs for {count} tokens")
     if any(not math.isfinite(p) or p > _LOGPROB_SLACK for p in raw.logprobs):
         raise _bad("a logprob is not a number at or below 0")
-    if any(t < 0 or (spec.vocab_size is not None and t >= spec.vocab_size) for t in raw.token_ids):
+    if raw.token_ids and not 0 <= min(raw.token_ids) <= max(raw.token_ids) < (spec.vocab_size or _TOKEN_ID_END):
         raise _bad("a token id is outside the vocabulary")
     if raw.finish_reason == "length" and count < spec.max_tokens:
         raise _bad(f"it stops for length after {count} of {spec.max_tokens} tokens")

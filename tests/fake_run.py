@@ -12,6 +12,8 @@ import random
 import time
 from typing import TYPE_CHECKING
 
+from seer_cli.display import make_display
+
 from seer_async.config import resolve
 from seer_async.core import Core
 from seer_async.errors import FailureKind
@@ -33,7 +35,6 @@ from seer_async.events import (
 from seer_async.snapshot import take_snapshot
 from seer_async.types import ChunkReply, EngineInfo, EngineStats, Prompt
 from seer_async.workload import heavy_tailed_lengths
-from seer_cli.display import make_display
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -98,7 +99,7 @@ class FakeRun:
             self.post(EngineUp(engine=name, info=self._info))
             self._later(1.0, EngineReport(engine=name, stats=self._stats(name)))
             if dying and index % 3 == 1:
-                self._later(30.0 + 17 * index, EngineDown(engine=name, reason="connection refused by 127.0.0.1:8001"))
+                self._later(12.0 + 9 * index, EngineDown(engine=name, reason="connection refused by 127.0.0.1:8001"))
 
     def post(self, event: Event) -> None:
         """Tell the core, and act its commands out."""

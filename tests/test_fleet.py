@@ -22,6 +22,7 @@ from seer_servers import fleet as fleet_module
 from seer_servers import placement, process
 from seer_servers.fleet import EngineSpec, LocalFleet, free_ports
 from seer_servers.model import ensure_default_model
+from seer_servers.placement import Placement
 from seer_servers.process import Process
 
 from seer_async.errors import FleetError
@@ -95,10 +96,13 @@ async def eventually(condition: Callable[[], bool], seconds: float = 30.0) -> No
             await asyncio.sleep(0.02)
 
 
+PLACE = Placement({}, {"--kv-cache-memory-bytes": str(1 << 30), "--dtype": "float32", "--enforce-eager": None})
+
+
 class TestSpec:
     def test_arguments(self) -> None:
-        spec = EngineSpec(model="/m", max_model_len=2048, num_blocks=64, eager=True, extra_args=("--seed", "7"))
-        words = spec.arguments(8000, 1 << 30)
+        spec = EngineSpec(model="/m", max_model_len=2048, num_blocks=64, extra_args=("--seed", "7"))
+        words = spec.arguments(8000, PLACE)
         options = dict(itertools.pairwise(words))
         assert options["--host"] == "127.0.0.1"
         assert options["--port"] == "8000"
@@ -106,39 +110,43 @@ class TestSpec:
         assert options["--block-size"] == "32"
         assert options["--num-gpu-blocks-override"] == "64"
         assert options["--kv-cache-memory-bytes"] == str(1 << 30)
+        assert options["--dtype"] == "float32"
         assert "--max-num-seqs" not in words
         assert {"--enable-scale-out", "--enforce-eager"} <= set(words)
         assert words[-2:] == ["--seed", "7"]
 
-    def test_own_kv_size_goes_before_the_place_s(self) -> None:
-        words = EngineSpec(model="/m", kv_cache_gib=0.5).arguments(8000, 1 << 30)
+    def test_what_is_asked_for_goes_before_what_suits_the_place(self) -> None:
+        words = EngineSpec(model="/m", kv_cache_gib=0.5, dtype="bfloat16").arguments(8000, PLACE)
+        assert words.count("--kv-cache-memory-bytes") == words.count("--dtype") == 1
         assert words[words.index("--kv-cache-memory-bytes") + 1] == str(1 << 29)
-
-    @pytest.mark.vllm
-    def test_vllm_knows_every_option(self, vllm_installed: None) -> None:
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.entrypoints.openai.cli_args import make_arg_parser
-        from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-        spec = EngineSpec(model="/m", max_model_len=1, max_num_seqs=1, num_blocks=1, eager=True)
-        parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(spec.arguments(8000, 1 << 30))
-        arguments = AsyncEngineArgs.from_cli_args(parsed)
-        assert (arguments.block_size, arguments.num_gpu_blocks_override, arguments.enforce_eager) == (32, 1, True)
-        assert arguments.kv_cache_memory_bytes == 1 << 30
-        assert arguments.logprobs_mode == "processed_logprobs"
+        assert words[words.index("--dtype") + 1] == "bfloat16"
 
 
 class TestPlacement:
-    def test_cores_are_shared_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.fixture
+    def no_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(placement, "visible_gpus", list)
-        monkeypatch.setattr(placement, "usable_cores", lambda: [2, 3, 5, 7, 8])
-        cores = [each.env["VLLM_CPU_OMP_THREADS_BIND"] for each in placement.place(2, "m")]
-        assert cores == ["2,3", "5,7"]
 
-    def test_more_engines_than_cores(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(placement, "visible_gpus", list)
+    def test_cores_are_shared_out(self, no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(placement, "usable_cores", lambda: [2, 3, 5, 7, 8])
+        envs = [each.env for each in placement.place(2, "m")]
+        assert [env["OMP_PLACES"] for env in envs] == ["{2,3}", "{5,7}"]
+        assert [env["OMP_NUM_THREADS"] for env in envs] == ["2", "2"]
+
+    def test_more_engines_than_cores(self, no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(placement, "usable_cores", lambda: [0, 1])
-        assert [each.env["VLLM_CPU_OMP_THREADS_BIND"] for each in placement.place(3, "m")] == ["0", "1", "0"]
+        envs = [each.env for each in placement.place(3, "m")]
+        assert [env["OMP_NUM_THREADS"] for env in envs] == ["1"] * 3
+        assert not any("OMP_PLACES" in env for env in envs), "one thread is not bound"
+
+    @pytest.mark.parametrize(("bfloat16", "dtype"), [(True, None), (False, "float32")])
+    def test_the_cpu_decides_the_dtype(
+        self, no_gpu: None, monkeypatch: pytest.MonkeyPatch, bfloat16: bool, dtype: str | None
+    ) -> None:
+        monkeypatch.setattr(placement, "has_bfloat16", lambda: bfloat16)
+        (only,) = placement.place(1, "m")
+        assert only.options.get("--dtype") == dtype
+        assert "--enforce-eager" in only.options
 
     @pytest.fixture
     def driver(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +159,7 @@ class TestPlacement:
     def test_one_gpu_each_and_vllm_measures(self, driver: None) -> None:
         placements = placement.place(2, "m")
         assert [each.env for each in placements] == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
-        assert [each.kv_bytes for each in placements] == [None, None]
+        assert [each.options for each in placements] == [{}, {}]
 
     def test_a_shared_gpu_is_not_promised_twice(
         self, driver: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -160,9 +168,9 @@ class TestPlacement:
         (tmp_path / "model.safetensors").write_bytes(b"w" * 1000)
         placements = placement.place(3, str(tmp_path))
         assert {each.env["CUDA_VISIBLE_DEVICES"] for each in placements} == {"GPU-aa"}
-        sizes = [each.kv_bytes for each in placements]
-        assert all(size is not None and size > 20 << 30 for size in sizes)
-        assert sum(size + 1000 + placement.GPU_OVERHEAD_BYTES for size in sizes if size) <= 81559 << 20
+        sizes = [int(each.options["--kv-cache-memory-bytes"] or 0) for each in placements]
+        assert min(sizes) > 20 << 30
+        assert sum(size + 1000 + placement.GPU_OVERHEAD_BYTES for size in sizes) <= 81559 << 20
 
     def test_too_many_for_the_gpus(self, driver: None) -> None:
         with pytest.raises(FleetError, match="do not fit on GPU 1"):
@@ -172,6 +180,10 @@ class TestPlacement:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
         assert placement.visible_gpus() == [("1", 40960 << 20)]
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        assert placement.visible_gpus() == []
+
+    def test_a_driver_that_does_not_answer(self, driver: None, tmp_path: Path) -> None:
+        (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
         assert placement.visible_gpus() == []
 
 
@@ -335,7 +347,7 @@ import asyncio, sys
 from pathlib import Path
 from seer_servers.fleet import EngineSpec, LocalFleet
 async def main():
-    spec = EngineSpec(model=sys.argv[1], max_model_len=512, eager=True)
+    spec = EngineSpec(model=sys.argv[1], max_model_len=512, max_num_seqs=4, num_blocks=64, kv_cache_gib=0.5)
     async with LocalFleet(spec, 1, Path(sys.argv[2])) as fleet:
         print(fleet.engines[0].process.pid, fleet.urls[0], flush=True)
         await asyncio.sleep(600)
@@ -344,15 +356,18 @@ asyncio.run(main())
 
 
 @pytest.mark.vllm
-def test_no_process_of_vllm_outlives_a_killed_owner(vllm_installed: None, tmp_path: Path) -> None:
+def test_a_real_engine_follows_its_spec_and_its_owner_into_death(vllm_installed: None, tmp_path: Path) -> None:
     command = [sys.executable, "-c", OWNER, str(ensure_default_model()), str(tmp_path)]
     owner = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert owner.stdout
     group, url = owner.stdout.readline().split()
-    names = " ".join(" ".join(each.cmdline()) for each in members(int(group)))
-    assert "VLLM::EngineCore" in names
-    assert "VLLM::Worker" in names
+    with urllib.request.urlopen(f"{url}/metrics", timeout=5) as reply:
+        (cache,) = (line for line in reply.read().decode().splitlines() if line.startswith("vllm:cache_config_info{"))
+    assert 'num_gpu_blocks="64"' in cache
+    assert 'block_size="32"' in cache
+    assert "VLLM::EngineCore" in " ".join(word for each in members(int(group)) for word in each.cmdline())
+    assert len(members(int(group))) >= 3, "guard, server, engine"
     owner.kill()
     wait_until(lambda: not members(int(group)), process.GRACE_S + 10)
     with pytest.raises(OSError, match="refused"):
-        ask(url)
+        urllib.request.urlopen(url, timeout=5)

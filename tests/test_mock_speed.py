@@ -96,7 +96,7 @@ def test_jobs_end_once_within_the_memory_and_never_lose_tokens(jobs, removals, s
 
 def test_growth_beyond_the_memory_preempts_the_youngest():
     simulation = Simulation(Speed(step_ms=10, per_request_ms=0, prefill_rate=1e9), KV(num_blocks=10, block_size=10))
-    old, young, late = Job(20, 60), Job(20, 60), Job(20, 10)
+    old, young, late = Job(20, 60), Job(20, 60), Job(50, 10)
     for job in (old, young, late):
         simulation.add(job)
     simulation.advance(0.0)
@@ -105,8 +105,8 @@ def test_growth_beyond_the_memory_preempts_the_youngest():
     assert (list(simulation.running), list(simulation.waiting)) == ([old], [young, late])
     assert (simulation.preemptions, simulation.generated(young)) == (1, 30)
     assert simulation.advance(0.601) == [old]
-    assert list(simulation.running) == [young, late]
-    assert simulation.advance(1.0) == [late, young]
+    assert (list(simulation.running), list(simulation.waiting)) == ([young], [late])
+    assert simulation.advance(1.1) == [young, late]
 
 
 def test_a_response_that_turns_out_shorter_ends_sooner():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import time
@@ -55,7 +56,9 @@ def check(events: list[Event]) -> None:
     """The rules of the Trace Event Format that viewers rely on, and our own about slots and arrows."""
     for event in events:
         assert event.keys() >= NEEDED[event["ph"]], event
-        assert all(isinstance(event[key], int) and event[key] >= 0 for key in ("ts", "dur", "pid", "tid") if key in event)
+        assert all(
+            isinstance(event[key], int) and event[key] >= 0 for key in ("ts", "dur", "pid", "tid") if key in event
+        )
         if event["ph"] == "C":
             assert all(isinstance(value, int | float) for value in event["args"].values())
         if event["ph"] == "M":
@@ -74,7 +77,7 @@ def _check_slots(events: list[Event]) -> None:
         slots[event["pid"], event["tid"]].append((event["ts"], event["ts"] + event["dur"]))
     for spans in slots.values():
         spans.sort()
-        assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
 
 
 def _check_arrows(events: list[Event]) -> None:

@@ -33,6 +33,7 @@ class Seer(Policy):
         self._oldest = WaitingQueue()
         self._members: dict[Group, WaitingQueue] = {}
         self._groups: list[tuple[int, int, Group]] = []  # (-estimate, order, group); stale entries are dropped late
+        self._ranked: dict[Group, int] = {}  # the estimate under which a group is in `_groups`
         self._decisions = 0
 
     def wait(self, request: Request) -> None:
@@ -60,13 +61,18 @@ class Seer(Policy):
         return request.index < self.config.probes
 
     def _rank(self, group: Group) -> None:
-        heapq.heappush(self._groups, (-self.context.estimate(group), group.order, group))
+        estimate = self.context.estimate(group)
+        if self._ranked.get(group) != estimate:
+            self._ranked[group] = estimate
+            heapq.heappush(self._groups, (-estimate, group.order, group))
 
     def _longest(self) -> Request | None:
         while self._groups:
             estimate, _, group = self._groups[0]
             request = self._members[group].peek()
-            if request is not None and -estimate == self.context.estimate(group):
+            if request is not None and -estimate == self._ranked.get(group):
                 return request
             heapq.heappop(self._groups)
+            if -estimate == self._ranked.get(group):
+                del self._ranked[group]  # nobody of the group waits; the next one to wait ranks it again
         return None

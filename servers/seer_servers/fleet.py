@@ -40,38 +40,33 @@ ENV = {
     "VLLM_PLUGINS": "seer",
     "VLLM_SERVER_DEV_MODE": "1",  # /abort_requests and weight updates; the reason to stay on loopback
 }
+SWITCHES = dict.fromkeys(("--enable-scale-out", "--disable-uvicorn-access-log"))
 # A key would shut out the fleet's own callers, and the second overrules --kv-cache-memory-bytes.
 NOT_INHERITED = ("VLLM_API_KEY", "VLLM_CPU_KVCACHE_SPACE")
 
 
 class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """What every engine of a local fleet serves and how.
+    """What every engine of a local fleet serves and how; None leaves it to the place, or else to vLLM.
 
-    `model` is a folder in Hugging Face's layout. Without `kv_cache_gib` an engine takes 1 GiB for its KV on CPUs and
-    what is free on its GPU; `num_blocks` makes the KV cache exactly that many blocks of `block_size` tokens. `eager`
-    runs the model as it is, uncompiled. `extra_args` and `extra_env` come last and so decide.
+    `model` is a folder in Hugging Face's layout. `num_blocks` makes the KV cache exactly that many blocks of
+    `block_size` tokens, whatever its size in GiB. `extra_args` and `extra_env` come last and so decide.
     """
 
     model: str
     served_name: str = "policy"
-    dtype: str = "auto"
+    dtype: str | None = None
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     block_size: int = 32
     num_blocks: int | None = None
     kv_cache_gib: float | None = None
     logprobs_mode: str = "processed_logprobs"  # those of the distribution that was sampled from
-    eager: bool = False
     extra_args: tuple[str, ...] = ()
     extra_env: dict[str, str] = {}
 
-    def arguments(self, port: int, kv_bytes: int | None) -> list[str]:
-        """Return vLLM's command-line arguments for an engine on `port`."""
-        if self.kv_cache_gib is not None:
-            kv_bytes = int(self.kv_cache_gib * GIB)
-        options: dict[str, str | int | None] = {
-            "--host": HOST,
-            "--port": port,
+    def arguments(self, port: int, placement: Placement) -> list[str]:
+        """Return vLLM's command-line arguments for an engine on `port`, in its place."""
+        wanted = {
             "--model": self.model,
             "--served-model-name": self.served_name,
             "--dtype": self.dtype,
@@ -79,12 +74,13 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
             "--max-num-seqs": self.max_num_seqs,
             "--block-size": self.block_size,
             "--num-gpu-blocks-override": self.num_blocks,
-            "--kv-cache-memory-bytes": kv_bytes,
+            "--kv-cache-memory-bytes": None if self.kv_cache_gib is None else int(self.kv_cache_gib * GIB),
             "--logprobs-mode": self.logprobs_mode,
         }
-        given = [word for name, value in options.items() if value is not None for word in (name, str(value))]
-        switches = ["--enable-scale-out", "--disable-uvicorn-access-log", *(["--enforce-eager"] * self.eager)]
-        return [*given, *switches, *self.extra_args]
+        given = {name: str(value) for name, value in wanted.items() if value is not None}
+        options = {"--host": HOST, "--port": str(port)} | SWITCHES | placement.options | given
+        words = [word for name, value in options.items() for word in (name, value) if word is not None]
+        return [*words, *self.extra_args]
 
 
 class LocalEngine:
@@ -95,7 +91,7 @@ class LocalEngine:
         self.url = f"http://{HOST}:{port}"
         self.log = run_dir / "logs" / f"{self.name}.log"
         self.epoch = 0
-        arguments = spec.arguments(port, placement.kv_bytes)
+        arguments = spec.arguments(port, placement)
         self._command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments]
         inherited = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
         self._env = inherited | ENV | placement.env | spec.extra_env

@@ -1,7 +1,7 @@
-"""Where each engine of a local fleet runs: its own CPU cores, or a GPU that it may have to share.
+"""Where each engine of a local fleet runs, on CPU cores or on a GPU that it may share, and which options suit it there.
 
-Invariant: what the engines of one fleet are given never overlaps, as long as there are as many cores as engines; with
-more engines than GPUs each gets a fixed share of the memory, because engines that start together cannot measure it.
+Invariant: engines of one fleet are not promised the same thing twice. Cores are shared out while there are as many as
+engines; engines that share a GPU get fixed parts of its memory, because those that start together cannot measure it.
 """
 
 from __future__ import annotations
@@ -17,15 +17,19 @@ from seer_async.errors import FleetError
 
 GIB = 1 << 30
 CPU_KV_BYTES = GIB
-GPU_SHARE = 0.9  # of a shared GPU's memory, which leaves the driver and fragmentation the rest
-GPU_OVERHEAD_BYTES = 3 * GIB  # a CUDA context, CUDA graphs and activations of one engine, beside its weights
+GPU_SHARE = 0.9  # of a shared GPU's memory; the driver and fragmentation take the rest
+GPU_OVERHEAD_BYTES = 3 * GIB  # one engine's CUDA context, CUDA graphs and activations, beside its weights
+BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86 and Arm, as Linux calls them
 
 
 class Placement(msgspec.Struct, frozen=True):
-    """One engine's place: variables for its environment, and bytes for its KV cache (None: vLLM measures)."""
+    """One engine's place: variables for its environment, and the vLLM options that suit it unless others are asked for.
+
+    An option whose value is None is a switch.
+    """
 
     env: dict[str, str]
-    kv_bytes: int | None
+    options: dict[str, str | None]
 
 
 def place(count: int, model: str) -> list[Placement]:
@@ -52,10 +56,15 @@ def visible_gpus() -> list[tuple[str, int]]:
     if done.returncode != 0:
         return []
     rows = [[field.strip() for field in line.split(",")] for line in done.stdout.splitlines()]
-    memory = {index: int(mib) << 20 for index, mib, _ in rows} | {uuid: int(mib) << 20 for _, mib, uuid in rows}
+    memory = {name: int(mib) << 20 for index, mib, uuid in rows for name in (index, uuid)}
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = [index for index, _, _ in rows] if allowed is None else allowed.split(",")
     return [(name, memory[name]) for name in names if name in memory]
+
+
+def has_bfloat16() -> bool:
+    """Tell whether this machine's CPU computes in bfloat16; where it does not, float32 is several times as fast."""
+    return not BFLOAT16_FLAGS.isdisjoint(Path("/proc/cpuinfo").read_text().split())
 
 
 def _weight_bytes(model: str) -> int:
@@ -64,11 +73,24 @@ def _weight_bytes(model: str) -> int:
 
 def _on_cores(count: int, cores: list[int]) -> list[Placement]:
     each = max(1, len(cores) // count)
-    placements = []
-    for i in range(count):
-        mine = [cores[(i * each + j) % len(cores)] for j in range(each)]
-        placements.append(Placement({"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, mine))}, CPU_KV_BYTES))
-    return placements
+    # Compiling takes minutes at every start and gains a fifth (design/fleet.md).
+    options = {"--kv-cache-memory-bytes": str(CPU_KV_BYTES), "--enforce-eager": None}
+    if not has_bfloat16():
+        options["--dtype"] = "float32"
+    shares = [[cores[(i * each + j) % len(cores)] for j in range(each)] for i in range(count)]
+    return [Placement(_openmp(share), options) for share in shares]
+
+
+def _openmp(cores: list[int]) -> dict[str, str]:
+    """Return the environment of an engine that computes on `cores`."""
+    env = {
+        # The model runs in the engine's process: apart, both spin while they wait for each other and waste a core each.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "OMP_NUM_THREADS": str(len(cores)),
+    }
+    if len(cores) > 1:  # one thread needs no neighbours, and runs best wherever there is room
+        env |= {"OMP_PLACES": f"{{{','.join(map(str, cores))}}}", "OMP_PROC_BIND": "true"}
+    return env
 
 
 def _on_gpus(count: int, gpus: list[tuple[str, int]], weights: int) -> list[Placement]:
@@ -76,8 +98,11 @@ def _on_gpus(count: int, gpus: list[tuple[str, int]], weights: int) -> list[Plac
     for i in range(count):
         gpu, memory = gpus[i % len(gpus)]
         tenants = len(range(i % len(gpus), count, len(gpus)))
-        kv_bytes = None if tenants == 1 else int(memory * GPU_SHARE / tenants) - weights - GPU_OVERHEAD_BYTES
-        if kv_bytes is not None and kv_bytes <= 0:
-            raise FleetError(f"{tenants} engines do not fit on GPU {gpu} ({memory / GIB:.0f} GiB): start fewer.")
-        placements.append(Placement({"CUDA_VISIBLE_DEVICES": gpu}, kv_bytes))
+        options: dict[str, str | None] = {}
+        if tenants > 1:
+            kv_bytes = int(memory * GPU_SHARE / tenants) - weights - GPU_OVERHEAD_BYTES
+            if kv_bytes <= 0:
+                raise FleetError(f"{tenants} engines do not fit on GPU {gpu} ({memory / GIB:.0f} GiB): start fewer.")
+            options["--kv-cache-memory-bytes"] = str(kv_bytes)
+        placements.append(Placement({"CUDA_VISIBLE_DEVICES": gpu}, options))
     return placements

@@ -42,6 +42,7 @@ class Process:
         """Start `command` under a guard; both outputs are appended to `log`, whose folder is made."""
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
+            start = output.tell()  # before the child, which shares the file's position, writes
             child = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "seer_servers.process", *command),
                 stdin=asyncio.subprocess.PIPE,
@@ -50,7 +51,7 @@ class Process:
                 env=dict(env),
                 start_new_session=True,  # one group to kill, and out of reach of the terminal's Ctrl-C
             )
-            return cls(child, log, output.tell())
+            return cls(child, log, start)
 
     @property
     def pid(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import subprocess
 import sys
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ import httpx
 from seer_servers.fleet import free_ports
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import Iterator
 
 
 class MockProcess:
@@ -20,30 +21,42 @@ class MockProcess:
     def __init__(self, port: int, *options: str) -> None:
         self.url = f"http://127.0.0.1:{port}"
         self._command = [sys.executable, "-m", "seer_cli.main", "mock-engine", "--port", str(port), *options]
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: subprocess.Popen[bytes] | None = None
 
-    async def start(self) -> None:
-        self._process = await asyncio.create_subprocess_exec(*self._command, stdout=asyncio.subprocess.PIPE)
-        assert self._process.stdout
-        line = await asyncio.wait_for(self._process.stdout.readline(), 60)
+    def launch(self) -> None:
+        self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE)
+
+    def wait_ready(self) -> None:
+        assert self._process and self._process.stdout
+        line = self._process.stdout.readline()
         assert b"ready" in line, line
 
-    async def kill(self) -> None:
-        if self._process and self._process.returncode is None:
+    async def start(self) -> None:
+        self.launch()
+        await asyncio.to_thread(self.wait_ready)
+
+    def kill(self) -> None:
+        if self._process:
             self._process.kill()
-            await self._process.wait()
+            self._process.wait()
+            assert self._process.stdout
+            self._process.stdout.close()
 
 
-@contextlib.asynccontextmanager
-async def mock_engines(*options: list[str]) -> AsyncIterator[list[MockProcess]]:
+@contextlib.contextmanager
+def mock_engines(*options: list[str]) -> Iterator[list[MockProcess]]:
     """One engine for each list of command-line options."""
     ports = free_ports(len(options))
     engines = [MockProcess(port, *given) for port, given in zip(ports, options, strict=True)]
     try:
-        await asyncio.gather(*(engine.start() for engine in engines))
+        for engine in engines:
+            engine.launch()
+        for engine in engines:
+            engine.wait_ready()
         yield engines
     finally:
-        await asyncio.gather(*(engine.kill() for engine in engines))
+        for engine in engines:
+            engine.kill()
 
 
 async def running(engine: MockProcess) -> int:

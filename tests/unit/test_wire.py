@@ -32,7 +32,7 @@ def generate_reply(**changes: Any) -> bytes:
         "logprobs": {"content": positions},
         "weight_versions": [{"version": "v", "start": 0, "end": 2}],
     }
-    reply = {"request_id": "generate-tokens-run-0-1", "model": "m", "choices": [choice | changes.pop("choice", {})]}
+    reply = {"request_id": "generate-tokens-run-0-1", "model": "m", "usage": {"prompt_tokens": 2}, "choices": [choice | changes.pop("choice", {})]}
     return json.dumps(reply | changes).encode()
 
 
@@ -45,7 +45,7 @@ def completion_reply(**changes: Any) -> bytes:
             "top_logprobs": [{"token_id:5": -0.5}, {"token_id:6": -2.0, "token_id:9": -1.0}],
         },
     }
-    reply = {"id": "cmpl-run-0-1", "model": "m", "choices": [choice | changes.pop("choice", {})]}
+    reply = {"id": "cmpl-run-0-1", "model": "m", "usage": {"prompt_tokens": 2}, "choices": [choice | changes.pop("choice", {})]}
     return json.dumps(reply | changes).encode()
 
 
@@ -67,6 +67,8 @@ def test_a_right_reply(dialect: str, body: bytes) -> None:
         b'{"request_id": "generate-tokens-run-0-1", "choices": []}',
         generate_reply(model="other"),
         generate_reply(request_id="generate-tokens-run-0-2"),
+        generate_reply(request_id="generate-tokens-run-0-11"),
+        generate_reply(usage={"prompt_tokens": 3}),
         generate_reply(choice={"token_ids": [5, 100]}),
         generate_reply(choice={"token_ids": [5]}),
         generate_reply(choice={"finish_reason": "done"}),
@@ -109,3 +111,4 @@ def test_both_dialects_send_prefix_params_and_salt() -> None:
     assert generate["cache_salt"] == completion["cache_salt"] == "run:v"
     assert generate["sampling_params"]["extra_args"] == completion["vllm_xargs"] == {"seer_prompt_len": 2}
     assert "extra_args" not in completion
+    assert (generate["sampling_params"]["logprobs"], completion["logprobs"]) == (2, 1)

@@ -47,6 +47,7 @@ class MockEngine:
         self._held: dict[Flight, None] = {}  # arrived during a pause
         self._idle = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
+        self._due = 0.0
         self._random = Random(config.model.seed)  # noqa: S311 - sampling seeds, no secrets
         self._ended_tokens = 0
 
@@ -163,9 +164,10 @@ class MockEngine:
         due = self._simulation.next_event()
         if due is None:
             self._idle.set()
-        elif self._timer is None or due < self._timer.when():  # too early a timer only ticks once more
+        elif self._timer is None or due < self._due:  # too early a timer only ticks once more
             if self._timer:
                 self._timer.cancel()
+            self._due = due  # a timer that is due already cannot tell: uvloop makes it a plain handle
             self._timer = self._loop.call_at(due, self._on_timer)
 
     def _on_timer(self) -> None:

@@ -1,0 +1,335 @@
+"""A simulated engine: continuous batching, KV memory, preemption, prefix cache, weight versions; on a virtual clock.
+
+Invariants: all running calls gain a token per step, and a step takes as long as the cost model says for that batch; what
+runs and what is cached never exceed the KV memory; a killed engine answers nothing that it was asked before.
+
+Nothing loops over steps. The engine counts steps as a real number, a call ends when the count reaches its target, and
+the count moves on only when something happens. KV is counted in tokens, without rounding to blocks.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import OrderedDict, deque
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from seer_async.testing.cost import CostModel, LinearCost
+from seer_async.testing.model import Generated, Model, absorb
+from seer_async.types import ChunkReply, EngineInfo, EngineStats, TopLogprob, VersionSpan
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from seer_async.testing.clock import Timer, VirtualClock
+
+_EPS = 1e-6  # steps; two targets this close are reached together
+
+
+class Work(msgspec.Struct, eq=False):
+    """A call inside an engine. `done` gets the reply, or None when the engine dies."""
+
+    name: str
+    prefix: list[int]
+    params: dict[str, Any]
+    done: Callable[[ChunkReply | None], None]
+    tokens: list[int] = []
+    logprobs: list[float] = []
+    spans: list[VersionSpan] = []
+    ahead: Generated | None = None  # what comes after `tokens` while the weights stay as they are
+    version: str = ""
+    begun: float = 0.0  # the engine's step count when `ahead` began
+
+    @property
+    def length(self) -> int:
+        """Tokens in KV memory, apart from those decoded since `begun`."""
+        return len(self.prefix) + len(self.tokens)
+
+    def plan(self, model: Model, version: str, begun: float) -> float:
+        """Decide what the weights `version` will add from step `begun` on; returns the step at which it ends."""
+        params, have = self.params, len(self.tokens)
+        self.version, self.begun = version, begun
+        self.ahead = model.generate(
+            self.prefix + self.tokens,
+            prompt_len=params["extra_args"]["seer_prompt_len"],
+            seed=params["seed"],
+            version=version,
+            max_tokens=params["max_tokens"] - have,
+            min_tokens=params.get("min_tokens", 0) - have,
+            ignore_eos=params.get("ignore_eos", False),
+            stop_token_ids=params.get("stop_token_ids", ()),
+        )
+        return begun + len(self.ahead.token_ids)
+
+    def keep(self, steps: float) -> int:
+        """Make the tokens decoded until step count `steps` final; returns how many there are."""
+        assert self.ahead is not None
+        start = len(self.tokens)
+        count = min(len(self.ahead.token_ids), int(steps - self.begun + _EPS))
+        self.tokens = self.tokens + self.ahead.token_ids[:count]
+        self.logprobs = self.logprobs + self.ahead.logprobs[:count]
+        if count:
+            self.spans = [*self.spans, VersionSpan(self.version, start, start + count)]
+        return count
+
+    def reply(self, *, with_versions: bool) -> ChunkReply:
+        """The answer, after everything has been kept."""
+        assert self.ahead is not None
+        tops = self.params["logprobs"]
+        return ChunkReply(
+            token_ids=self.tokens,
+            logprobs=self.logprobs,
+            top_logprobs=alternatives(self.tokens, self.logprobs) if tops else None,
+            finish_reason=self.ahead.finish_reason,
+            stop_reason=self.ahead.stop_reason,
+            versions=tuple(self.spans) if with_versions else (),
+        )
+
+
+def alternatives(tokens: Sequence[int], logprobs: Sequence[float]) -> list[list[TopLogprob]]:
+    """One made-up alternative at each position."""
+    return [[TopLogprob(token + 1, logprob - 1)] for token, logprob in zip(tokens, logprobs, strict=True)]
+
+
+class SimulatedEngine:
+    """One engine, through all its lives.
+
+    `info` is what it tells when attached; its `boot` and `weight_version` are replaced by what is so. `alive`,
+    `partitioned`, `lying` and `slowness` are for faults to set, through the methods where there are any.
+    """
+
+    def __init__(
+        self, name: str, info: EngineInfo, clock: VirtualClock, model: Model, cost: CostModel | None = None
+    ) -> None:
+        self.name = name
+        self.version = info.weight_version
+        self.lives = 0
+        self.alive = False
+        self.partitioned = False
+        self.lying = False
+        self.slowness = 1.0
+        self.preemptions = self.generated = self.prompted = self.cached = 0  # as counted by this life
+        self._info = info
+        self._clock = clock
+        self._model = model
+        self._cost = cost or LinearCost()
+        self._room = max(0, info.num_blocks - 1) * info.block_size  # one block is the engine's own
+        self._seats = info.max_num_seqs or math.inf
+        self._clear()
+
+    def _clear(self) -> None:
+        self._running: dict[str, Work] = {}
+        self._queue: deque[Work] = deque()
+        self._targets: list[tuple[float, str]] = []
+        self._cache = PrefixCache()
+        self._base = 0.0  # KV in use is `_base` + running calls * step count
+        self._steps = 0.0
+        self._as_of = self._clock.now  # of `_steps`; ahead of time while a prefill holds up decoding
+        self._step_s = math.inf
+        self._timer: Timer | None = None
+
+    # Life
+
+    @property
+    def boot(self) -> str:
+        """Identity of this life."""
+        return f"{self.name}#{self.lives}"
+
+    @property
+    def info(self) -> EngineInfo:
+        """What an orchestrator learns when it attaches."""
+        return msgspec.structs.replace(self._info, boot=self.boot, weight_version=self.version)
+
+    def start(self) -> None:
+        """Begin a life."""
+        assert not self.alive
+        self.lives += 1
+        self.alive = True
+        self.preemptions = self.generated = self.prompted = self.cached = 0
+        self._clear()
+
+    def kill(self) -> None:
+        """End it; every call is lost."""
+        lost = [*self._running.values(), *self._queue]
+        if self._timer:
+            self._timer.cancel()
+        self.alive = False
+        self._clear()
+        for work in lost:
+            work.done(None)
+
+    def slow_down(self, factor: float) -> None:
+        """Let every step take `factor` times as long as the cost model says."""
+        self._advance()
+        self.slowness = factor
+        self._plan()
+
+    def update_weights(self, version: str) -> None:
+        """Sample every further token from other weights, also in calls that are running."""
+        self._advance()
+        self.version = version
+        for work in self._running.values():
+            self._hold(work)
+            self._begin(work)
+        self._cache.clear()
+        self._plan()
+
+    def stats(self) -> EngineStats:
+        """A reading of the telemetry."""
+        self._advance()
+        return EngineStats(
+            boot=self.boot,
+            running=len(self._running),
+            waiting=len(self._queue),
+            kv_used=min(1.0, self._used / self._room) if self._room else 1.0,
+            preemptions=self.preemptions,
+            generated_tokens=self.generated,
+            prompt_tokens=self.prompted,
+            cached_tokens=self.cached,
+            weight_version=self.version,
+        )
+
+    # Calls
+
+    def submit(self, work: Work) -> str | None:
+        """Take a call; returns why it is refused, if it is."""
+        most = len(work.prefix) + work.params["max_tokens"]
+        if most > min(self._info.max_model_len, self._room):
+            return f"{most} tokens are more than the engine holds"
+        self._advance()
+        self._queue.append(work)
+        self._plan()
+        return None
+
+    def abort(self, name: str) -> None:
+        """Drop a call, if it is still here."""
+        self._advance()
+        if work := self._running.get(name):
+            self._remove(work)
+        self._queue = deque(work for work in self._queue if work.name != name)
+        self._plan()
+
+    # Time
+
+    @property
+    def _used(self) -> float:
+        return self._base + len(self._running) * self._steps
+
+    def _advance(self) -> None:
+        """Bring the step count to now, and answer the calls that have reached their targets."""
+        now = self._clock.now
+        if now > self._as_of:
+            self._steps += (now - self._as_of) / self._step_s
+            self._as_of = now
+        while self._running and self._next_target() <= self._steps + _EPS:
+            self._finish(self._running[self._targets[0][1]])
+
+    def _plan(self) -> None:
+        """Admit what fits and wait for what comes next: a call's end, or the memory's."""
+        self._admit()
+        self._cache.trim(self._room - self._used)
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
+        if not self._running:
+            self._base = self._steps = 0.0  # rounding errors end here
+            self._step_s = math.inf
+            return
+        count = len(self._running)
+        self._step_s = self._cost.step_s(count, round(self._used)) * self.slowness
+        full = self._steps + max(0.0, self._room - self._used) / count
+        wait = (min(full, self._next_target()) - self._steps) * self._step_s
+        self._timer = self._clock.after(self._as_of - self._clock.now + wait, self._tick)
+
+    def _next_target(self) -> float:
+        while True:
+            target, name = self._targets[0]
+            work = self._running.get(name)
+            if work is not None and work.ahead is not None and target == work.begun + len(work.ahead.token_ids):
+                return target
+            heapq.heappop(self._targets)
+
+    def _tick(self) -> None:
+        self._timer = None
+        self._advance()
+        while self._running and self._used > self._room - _EPS * len(self._running):
+            self._preempt(next(reversed(self._running.values())))
+        self._plan()
+
+    # Batch
+
+    def _admit(self) -> None:
+        while self._queue and len(self._running) < self._seats:
+            work = self._queue[0]
+            if self._used + work.length + len(self._running) + 1 > self._room:
+                return
+            self._queue.popleft()
+            self._prefill(work)
+            self._running[work.name] = work
+            self._begin(work)
+
+    def _prefill(self, work: Work) -> None:
+        prompt = work.prefix[: work.params["extra_args"]["seer_prompt_len"]]
+        cached = self._cache.find(work.prefix + work.tokens, prompt)
+        self._cache.add(prompt)
+        self.prompted += work.length
+        self.cached += cached
+        self._as_of = max(self._as_of, self._clock.now) + self._cost.prefill_s(work.length - cached) * self.slowness
+
+    def _begin(self, work: Work) -> None:
+        target = work.plan(self._model, self.version, self._steps)
+        self._base += work.length - self._steps
+        heapq.heappush(self._targets, (target, work.name))
+
+    def _hold(self, work: Work) -> None:
+        """Take a running call's tokens so far out of the flow."""
+        self._base -= work.length - work.begun
+        self.generated += work.keep(self._steps)
+
+    def _remove(self, work: Work) -> None:
+        del self._running[work.name]
+        self._hold(work)
+
+    def _finish(self, work: Work) -> None:
+        self._remove(work)
+        self._cache.add(work.prefix + work.tokens)
+        work.done(work.reply(with_versions=self._info.dialect == "generate"))
+
+    def _preempt(self, work: Work) -> None:
+        self.preemptions += 1
+        self._remove(work)
+        self._queue.appendleft(work)
+
+
+class PrefixCache:
+    """Which prefixes an engine need not compute again."""
+
+    def __init__(self) -> None:
+        self._used = 0
+        self._lengths: OrderedDict[int, int] = OrderedDict()  # by the model's state after the prefix
+
+    def add(self, tokens: Sequence[int]) -> None:
+        """Remember a prefix."""
+        state = absorb(tokens)
+        self._used += len(tokens) - self._lengths.pop(state, 0)
+        self._lengths[state] = len(tokens)
+
+    def trim(self, room: float) -> None:
+        """Forget the least recently used beyond `room` tokens."""
+        while self._lengths and self._used > room:
+            self._used -= self._lengths.popitem(last=False)[1]
+
+    def find(self, *prefixes: Sequence[int]) -> int:
+        """How many tokens of the first prefix that is known are cached; 0 when none is."""
+        for prefix in prefixes:
+            state = absorb(prefix)
+            if state in self._lengths:
+                self._lengths.move_to_end(state)
+                return self._lengths[state]
+        return 0
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.trim(-1)
