@@ -15,8 +15,8 @@ from seer_async.errors import DatasetError
 from seer_async.types import Message, Prompt
 
 if TYPE_CHECKING:
-    from pathlib import Path
     from collections.abc import Iterator
+    from pathlib import Path
 
 _SOURCES = ("prompt", "messages", "prompt_token_ids")
 _HIGHEST_TOKEN_ID = 2**31 - 1
@@ -105,7 +105,7 @@ class _Line:
     def _text(self, value: Any) -> str | None:
         if value is not None and (not isinstance(value, str) or not value):
             self._wrong("field 'prompt' must be a non-empty string")
-        return value  # type: ignore[no-any-return]  # checked above
+        return value
 
     def _messages(self, value: Any) -> list[Message] | None:
         if value is None:
@@ -124,4 +124,4 @@ class _Line:
         ok = isinstance(value, list) and value and all(type(t) is int and 0 <= t <= _HIGHEST_TOKEN_ID for t in value)
         if not ok:
             self._wrong("field 'prompt_token_ids' must be a non-empty list of token ids (integers from 0)")
-        return value  # type: ignore[no-any-return]  # checked above
+        return list(value)

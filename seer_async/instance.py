@@ -140,7 +140,9 @@ class Instance:
             return  # calls sent before it was closed fail together; they are one incident
         self.failures += 1
         if self.failures >= self.config.eject_after or self.half_open:
-            self.close_for(min(self.config.eject_max_s, self.config.eject_s * 2 ** min(self.ejections, _MOST_DOUBLINGS)), now)
+            self.close_for(
+                min(self.config.eject_max_s, self.config.eject_s * 2 ** min(self.ejections, _MOST_DOUBLINGS)), now
+            )
             self.ejections += 1
             self.failures = 0
             self.half_open = True

@@ -28,11 +28,11 @@ from seer_async.text import load_tokenizer
 from seer_async.trace import TraceWriter
 
 if TYPE_CHECKING:
-    from seer_async.runfolder import RunFolder
     from collections.abc import AsyncIterator, Callable, Sequence
 
     from seer_async.config import Config
     from seer_async.events import Record
+    from seer_async.runfolder import RunFolder
     from seer_async.types import EngineInfo, Prompt
 
 _TOKENIZE_AT_ONCE = 32
@@ -189,7 +189,10 @@ async def open_fleet(config: Config, urls: Sequence[str]) -> AsyncIterator[Fleet
 
 
 class Rollout:
-    """One run on an attached fleet. `drain` and `abort` may be called while `run` is awaited; `core` is for looking at."""
+    """One run on an attached fleet.
+
+    `drain` and `abort` may be called while `run` is awaited; `core` is for looking at.
+    """
 
     def __init__(
         self,

@@ -76,6 +76,8 @@ class Metrics:
             preemptions=int(self.total("vllm:num_preemptions_total", 0.0)),
             generated_tokens=int(self.total("vllm:generation_tokens_total", 0.0)),
             prompt_tokens=int(self.total("vllm:prompt_tokens_total", 0.0)),
-            cached_tokens=int(self.total("vllm:prompt_tokens_cached_total", self.total("vllm:prefix_cache_hits_total", 0.0))),
+            cached_tokens=int(
+                self.total("vllm:prompt_tokens_cached_total", self.total("vllm:prefix_cache_hits_total", 0.0))
+            ),
             weight_version=weight_version,
         )

@@ -28,9 +28,8 @@ if TYPE_CHECKING:
     from seer_async.snapshot import EngineView, Snapshot
 
 _RUN_PID = 1  # the run's own process; 0 means the idle task to some viewers
+_PIDS_APART = 100_000  # a slot's thread id is its engine's process id plus its number, so that no two are the same
 _MOST_BUFFERED = 1 << 12  # events
-
-_Event = dict[str, Any]
 
 
 class _Past(msgspec.Struct):
@@ -55,7 +54,7 @@ class _Last(NamedTuple):
     """Where a request's latest call ran, the instant just before it ended, and its next chunk's number if known."""
 
     pid: int
-    slot: int
+    tid: int
     at: int
     next_chunk: int | None
 
@@ -113,7 +112,7 @@ class TraceWriter:
         known = engine.slots
         slot = engine.take()
         if slot > known:
-            self._name("thread_name", engine.pid, f"slot {slot}", tid=slot)
+            self._name("thread_name", engine.pid, f"slot {slot:04}", tid=engine.pid + slot)
         args = {
             "request": dispatch.request,
             "chunk": self._chunk(dispatch),
@@ -143,12 +142,12 @@ class TraceWriter:
             self._note_change(engine, view, ts)
             before = engine.view.generated if engine.view else view.generated
             rate = (view.generated - before) / max(1e-6, now - self._seen_at)
-            self._count(engine.pid, ts, "KV", used=view.kv_used, reserved=view.kv_reserved)
-            self._count(engine.pid, ts, "in flight", calls=view.in_flight)
-            self._count(engine.pid, ts, "tokens/s", tokens=rate)
+            self._count(engine.pid, ts, "KV", {"used": view.kv_used, "reserved": view.kv_reserved})
+            self._count(engine.pid, ts, "calls", {"in flight": view.in_flight})
+            self._count(engine.pid, ts, "speed", {"tokens/s": rate})
             engine.view = view
             speed += rate
-        self._count(_RUN_PID, ts, "tokens/s", tokens=speed)
+        self._count(_RUN_PID, ts, "speed", {"tokens/s": speed})
         self._seen_at = now
         self._flush()
 
@@ -175,34 +174,33 @@ class TraceWriter:
         engine, slot, start, request, args = self._calls.pop(number)
         engine.give_back(slot)
         end = max(start, self._us(now))
-        here = {"pid": engine.pid, "tid": slot}
-        self._write({"ph": "X", "name": request, "ts": start, "dur": end - start, **here, "args": args | result})
-        self._arrow(self._last.get(request), engine.pid, slot, start)
+        pid, tid = engine.pid, engine.pid + slot
+        whole = {"ph": "X", "ts": start, "dur": end - start, "pid": pid, "tid": tid, "name": request}
+        self._write(whole | {"args": args | result})
+        self._arrow(self._last.get(request), pid, tid, start)
         ok = result["outcome"] == "ok"
         if not ok:
-            self._write(
-                {"ph": "i", "name": result["outcome"], "s": "t", "ts": end, **here, "args": {"request": request}}
-            )
+            self._instant(result["outcome"], end, pid, tid, scope="t", args={"request": request})
         chunk = args["chunk"]
-        self._last[request] = _Last(engine.pid, slot, max(start, end - 1), chunk + ok if chunk is not None else None)
+        self._last[request] = _Last(pid, tid, max(start, end - 1), chunk + ok if chunk is not None else None)
 
-    def _arrow(self, last: _Last | None, pid: int, slot: int, start: int) -> None:
+    def _arrow(self, last: _Last | None, pid: int, tid: int, start: int) -> None:
         """Viewers tie an arrow's ends to the events around them, so the first lies just inside the earlier call."""
         if last is None or last.pid == pid:
             return
         self._arrows += 1
-        arrow = {"name": "moved", "cat": "moved", "id": self._arrows}
-        self._write({"ph": "s", **arrow, "ts": last.at, "pid": last.pid, "tid": last.slot})
-        self._write({"ph": "f", "bp": "e", **arrow, "ts": start, "pid": pid, "tid": slot})
+        arrow = {"id": self._arrows, "name": "moved", "cat": "moved"}
+        self._write({"ph": "s", "ts": last.at, "pid": last.pid, "tid": last.tid, **arrow})
+        self._write({"ph": "f", "ts": start, "pid": pid, "tid": tid, "bp": "e", **arrow})
 
     # Engines
 
     def _engine(self, name: str) -> _Engine:
         engine = self._engines.get(name)
         if engine is None:
-            pid = self._pids.setdefault(name, _RUN_PID + 1 + len(self._pids))
+            pid = self._pids.setdefault(name, _PIDS_APART * (1 + len(self._pids)))
             engine = self._engines[name] = _Engine(pid)
-            self._name("process_name", pid, name)
+            self._name("process_name", pid, name, tid=pid)
             self._write({"ph": "M", "name": "process_sort_index", "pid": pid, "args": {"sort_index": pid}})
         return engine
 
@@ -210,10 +208,10 @@ class TraceWriter:
         before = engine.view
         if before is None or (before.state, before.epoch) != (view.state, view.epoch):
             why = {"epoch": view.epoch, "error": view.last_error}
-            self._write({"ph": "i", "name": view.state, "s": "p", "ts": ts, "pid": engine.pid, "tid": 0, "args": why})
+            self._instant(view.state, ts, engine.pid, engine.pid, scope="p", args=why)
 
-    def _count(self, pid: int, ts: int, name: str, **values: float) -> None:
-        self._write({"ph": "C", "name": name, "ts": ts, "pid": pid, "tid": 0, "args": values})
+    def _count(self, pid: int, ts: int, name: str, values: dict[str, float]) -> None:
+        self._write({"ph": "C", "ts": ts, "pid": pid, "tid": pid, "name": name, "args": values})
 
     # Lines
 
@@ -225,7 +223,7 @@ class TraceWriter:
 
     def _begin(self, now: float) -> None:
         if self._resumed:
-            self._write({"ph": "i", "name": "resumed", "s": "g", "ts": self._us(now), "pid": _RUN_PID, "tid": 0})
+            self._instant("resumed", self._us(now), _RUN_PID, _RUN_PID, scope="g", args={})
         else:
             self._origin = now
             self._lines.insert(0, self._head(now))
@@ -236,10 +234,14 @@ class TraceWriter:
         second = {"ph": "M", "name": "process_name", "pid": _RUN_PID, "args": {"name": "seer"}}
         return b"[\n" + self._encode(first) + b"\n," + self._encode(second) + b"\n"
 
-    def _name(self, kind: str, pid: int, name: str, *, tid: int = 0) -> None:
+    def _name(self, kind: str, pid: int, name: str, *, tid: int) -> None:
         self._write({"ph": "M", "name": kind, "pid": pid, "tid": tid, "args": {"name": name}})
 
-    def _write(self, event: _Event) -> None:
+    def _instant(self, name: str, ts: int, pid: int, tid: int, *, scope: str, args: dict[str, Any]) -> None:
+        self._write({"ph": "i", "ts": ts, "pid": pid, "tid": tid, "s": scope, "name": name, "args": args})
+
+    def _write(self, event: dict[str, Any]) -> None:
+        """Buffer one event. `ts` comes before `name`: Perfetto looks for it from the left and gives up at an escape."""
         self._lines.append(b"," + self._encode(event) + b"\n")
 
     def _flush(self) -> None:

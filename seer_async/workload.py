@@ -20,7 +20,14 @@ _TAIL = 0.9  # tail requests are the last tenth to finish
 
 
 def heavy_tailed_lengths(
-    groups: Sequence[str], n: int, *, mean: float, longest: int, sigma: float = 0.9, correlation: float = 0.75, seed: int
+    groups: Sequence[str],
+    n: int,
+    *,
+    mean: float,
+    longest: int,
+    sigma: float = 0.9,
+    correlation: float = 0.75,
+    seed: int,
 ) -> dict[str, int]:
     """A length in tokens for each request id, near `mean` on average and at most `longest`."""
     rng = random.Random(seed)  # noqa: S311 - a workload, not a secret

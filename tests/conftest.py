@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from anyio.from_thread import start_blocking_portal
+
 from seer_servers.fleet import EngineSpec, LocalFleet
 from seer_servers.model import ensure_default_model
 

@@ -12,8 +12,6 @@ import random
 import time
 from typing import TYPE_CHECKING
 
-from seer_cli.display import make_display
-
 from seer_async.config import resolve
 from seer_async.core import Core
 from seer_async.errors import FailureKind
@@ -35,6 +33,7 @@ from seer_async.events import (
 from seer_async.snapshot import take_snapshot
 from seer_async.types import ChunkReply, EngineInfo, EngineStats, Prompt
 from seer_async.workload import heavy_tailed_lengths
+from seer_cli.display import make_display
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

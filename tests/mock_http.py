@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 
 import aiohttp
+
 from seer_servers.mock import MockConfig, MockServer, Speed
 
 GENERATE = "/inference/v1/generate"
@@ -75,7 +76,7 @@ async def metrics(session):
 
 
 async def until(condition):
-    while not await condition():  # noqa: ASYNC110 - what is waited for is the server's state
+    while not await condition():
         await asyncio.sleep(0.01)
 
 

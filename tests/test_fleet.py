@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING
 import msgspec
 import psutil
 import pytest
+
+from seer_async.errors import FleetError
 from seer_servers import fleet as fleet_module
 from seer_servers import placement, process
 from seer_servers.fleet import EngineSpec, LocalFleet, free_ports
 from seer_servers.model import ensure_default_model
 from seer_servers.placement import Placement
 from seer_servers.process import Process
-
-from seer_async.errors import FleetError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -92,7 +92,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 
 async def eventually(condition: Callable[[], bool], seconds: float = 30.0) -> None:
     async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110 - what is waited for happens in another process
+        while not condition():
             await asyncio.sleep(0.02)
 
 

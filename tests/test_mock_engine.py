@@ -12,10 +12,10 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from seer_servers.mock import KV, LanguageModel, MockConfig, Speed, reference_response
 from tokenizers import Tokenizer
 
 from seer_async.errors import ConfigError
+from seer_servers.mock import KV, LanguageModel, MockConfig, Speed, reference_response
 from tests.mock_http import (
     COMPLETIONS,
     GENERATE,

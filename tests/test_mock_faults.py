@@ -9,10 +9,10 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from seer_servers.mock import LanguageModel, reference_response
-from seer_servers.mock.faults import DESCRIPTIONS, parse_fault
 
 from seer_async.errors import ConfigError
+from seer_servers.mock import LanguageModel, reference_response
+from seer_servers.mock.faults import DESCRIPTIONS, parse_fault
 from tests.mock_http import COMPLETIONS, GENERATE, PROMPT, completion_body, generate, generate_body, get, post, running
 
 

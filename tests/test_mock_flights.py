@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+
 from seer_servers.mock import KV, LanguageModel, MockConfig, Speed, reference_response
 from seer_servers.mock.model import Sampling
-
 from tests.mock_http import GENERATE, PROMPT, SLOW, begun, generate, generate_body, get, metrics, post, running, until
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from seer_servers.mock import KV, Speed
 from seer_servers.mock.speed import Job, PrefixCache, Simulation
 
 
-def lone_seconds(job, speed, kv=KV()):  # noqa: B008 - frozen
+def lone_seconds(job, speed, kv=KV()):
     simulation = Simulation(speed, kv)
     simulation.add(job)
     simulation.advance(0.0)

@@ -52,10 +52,16 @@ def of(events: list[Event], phase: str) -> list[Event]:
     return [event for event in events if event["ph"] == phase]
 
 
+def slot(event: Event) -> int:
+    return int(event["tid"] - event["pid"])
+
+
 def check(events: list[Event]) -> None:
     """The rules of the Trace Event Format that viewers rely on, and our own about slots and arrows."""
     for event in events:
         assert event.keys() >= NEEDED[event["ph"]], event
+        keys = list(event)
+        assert "ts" not in event or keys.index("ts") < keys.index("name"), "see TraceWriter._write"
         assert all(
             isinstance(event[key], int) and event[key] >= 0 for key in ("ts", "dur", "pid", "tid") if key in event
         )
@@ -65,6 +71,7 @@ def check(events: list[Event]) -> None:
             assert event["name"] in METADATA
     named = {event["pid"] for event in of(events, "M") if event["name"] == "process_name"}
     assert {event["pid"] for event in events} <= named
+    assert not named & {event["tid"] for event in of(events, "X")}, "a slot is no process's main thread"
     threads = {(event["pid"], event["tid"]) for event in of(events, "M") if event["name"] == "thread_name"}
     assert {(event["pid"], event["tid"]) for event in of(events, "X")} <= threads
     _check_slots(events)
@@ -120,7 +127,7 @@ def test_whole_run_keeps_to_the_format(path: Path, trace: TraceWriter) -> None:
     assert len({x["name"] for x in good}) == 12 * 8
     assert len(of(events, "s")) >= run.core.migrations > 0
     assert {"server", "cancelled", "up", "down"} <= {i["name"] for i in of(events, "i")}
-    assert max(x["tid"] for x in good) <= 16, "no more threads than slots"
+    assert max(slot(x) for x in good) <= 16, "no more threads than slots"
     for name in {x["name"] for x in good}:  # chunks of a response are counted from 0, in the order of their prefixes
         chunks = sorted((x["args"]["prefix"], x["args"]["chunk"]) for x in good if x["name"] == name)
         assert [number for _, number in chunks] == list(range(len(chunks)))
@@ -147,7 +154,7 @@ def test_lowest_free_slot_is_used(path: Path, trace: TraceWriter) -> None:
     trace.close()
     events = read(path)
     check(events)
-    assert {x["name"]: x["tid"] for x in of(events, "X")} == {"g/1": 1, "g/2": 2, "g/3": 3, "g/4": 1, "g/5": 2}
+    assert {x["name"]: slot(x) for x in of(events, "X")} == {"g/1": 1, "g/2": 2, "g/3": 3, "g/4": 1, "g/5": 2}
 
 
 def test_a_move_between_engines_is_an_arrow(path: Path, trace: TraceWriter) -> None:

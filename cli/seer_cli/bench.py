@@ -1,7 +1,7 @@
 """`seer bench`: figures anyone can measure again.
 
-`bench fleet` runs policies side by side on one live fleet, doing the same work: lengths are forced, runs are interleaved,
-medians and ratios are quoted. `bench core` measures what the orchestrator itself costs, over mock engines.
+`bench fleet` runs policies side by side on one live fleet, doing the same work: lengths are forced, runs are
+interleaved, medians and ratios are quoted. `bench core` measures what the orchestrator itself costs, over mock engines.
 """
 
 from __future__ import annotations
@@ -51,15 +51,26 @@ class _Run(msgspec.Struct, frozen=True, kw_only=True):
 @bench.command("fleet")
 def fleet(
     *,
-    policy: Annotated[list[str] | None, typer.Option(help="Policies to compare; repeatable, the first is the baseline. [default: group-round-robin, no-context, seer, oracle]")] = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Policies to compare; repeatable, the first is the baseline. "
+            "[default: group-round-robin, no-context, seer, oracle]",
+        ),
+    ] = None,
     groups: Annotated[int, typer.Option(min=1, help="Prompts.")] = 16,
     n: Annotated[int, typer.Option("-n", min=1, help="Responses to each.")] = 8,
     mean: Annotated[float, typer.Option(help="Mean forced length, tokens.")] = 160.0,
     longest: Annotated[int, typer.Option(help="Longest forced length, tokens.")] = 1024,
     chunk_size: Annotated[int, typer.Option(help="Tokens of a chunk.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 3,
-    kv_blocks: Annotated[int | None, typer.Option(help="KV blocks of 32 tokens in each local engine; small makes KV scarce.")] = None,
-    server: Annotated[list[str] | None, typer.Option(help="URL of a running engine; repeatable. Without it, two are started.", show_default=False)] = None,
+    kv_blocks: Annotated[
+        int | None, typer.Option(help="KV blocks of 32 tokens in each local engine; small makes KV scarce.")
+    ] = None,
+    server: Annotated[
+        list[str] | None,
+        typer.Option(help="URL of a running engine; repeatable. Without it, two are started.", show_default=False),
+    ] = None,
     engines: Annotated[int, typer.Option(help="Local engines to start.")] = 2,
     seed: Annotated[int, typer.Option(help="Seeds the lengths.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print every run as JSON on stdout.")] = False,
@@ -130,14 +141,17 @@ async def _one(config: Config, fleet: Fleet, prompts: list[Prompt], path: Path) 
 def _line(run: _Run) -> str:
     o = run.outcome
     return (
-        f"{run.policy}: {o.throughput:.0f} tokens/s, {o.seconds:.1f} s, tail {o.tail_s:.1f} s, {run.preemptions} preemptions, "
-        f"{run.migrations} migrations, {run.prefilled} tokens prefilled, {run.samples} samples, {run.failed} failed"
+        f"{run.policy}: {o.throughput:.0f} tokens/s, {o.seconds:.1f} s, tail {o.tail_s:.1f} s, "
+        f"{run.preemptions} preemptions, {run.migrations} migrations, {run.prefilled} tokens prefilled, "
+        f"{run.samples} samples, {run.failed} failed"
     )
 
 
 def _table(runs: list[_Run], policies: list[str]) -> Table:
     """Medians over the rounds; ratios to the first policy, round by round."""
-    table = Table(title=f"medians of {len(runs) // len(policies)} interleaved rounds; ratios to {policies[0]} in brackets")
+    table = Table(
+        title=f"medians of {len(runs) // len(policies)} interleaved rounds; ratios to {policies[0]} in brackets"
+    )
     for column in ("policy", "tokens/s", "seconds", "tail s", "preemptions", "migrations", "prefilled"):
         table.add_column(column, justify="left" if column == "policy" else "right")
     base = [run.outcome for run in runs if run.policy == policies[0]]

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from seer_servers.fleet import EngineSpec
-
     from seer_async.config import FleetConfig
+    from seer_servers.fleet import EngineSpec
 
 
 def local_spec(config: FleetConfig) -> EngineSpec:

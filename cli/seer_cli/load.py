@@ -1,7 +1,7 @@
 """What the orchestrator itself costs: a rollout with thousands of chunks in flight over mock engine processes.
 
-The figures are of the real shell, client, journal and sink; only the engines are mock. `in_flight` chunks of 64 tokens are
-kept in flight and `pending` requests wait, so every reply is followed by a decision among them.
+The figures are of the real shell, client, journal and sink; only the engines are mock. `in_flight` chunks of 64 tokens
+are kept in flight and `pending` requests wait, so every reply is followed by a decision among them.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ async def _measure(urls: list[str], in_flight: int, pending: int, seconds: float
     with tempfile.TemporaryDirectory() as scratch:
         async with open_fleet(config, urls) as fleet:
             await fleet.attach()
-            folder = RunFolder.create(Path(scratch) / "run", config, _prompts(in_flight + pending), dataset="", command=[])
+            folder = RunFolder.create(
+                Path(scratch) / "run", config, _prompts(in_flight + pending), dataset="", command=[]
+            )
             rollout = Rollout(folder, fleet, None)
             meter = _Meter(rollout.core)
             asyncio.get_running_loop().call_later(seconds + meter.warm_up_s, rollout.abort)
@@ -70,7 +72,9 @@ async def _measure(urls: list[str], in_flight: int, pending: int, seconds: float
 def _prompts(requests: int) -> list[Prompt]:
     rng = random.Random(0)  # noqa: S311 - a workload, not a secret
     groups = -(-requests // _GROUP)
-    return [Prompt(id=f"g{g}", token_ids=[rng.randrange(3, 1000) for _ in range(_PROMPT_TOKENS)]) for g in range(groups)]
+    return [
+        Prompt(id=f"g{g}", token_ids=[rng.randrange(3, 1000) for _ in range(_PROMPT_TOKENS)]) for g in range(groups)
+    ]
 
 
 class _Meter:

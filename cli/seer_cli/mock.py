@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 import uvloop
-from seer_servers.mock import KV, LanguageModel, MockConfig, MockServer, Speed, serve
-from seer_servers.mock.faults import DESCRIPTIONS, parse_fault
 
 from seer_async.errors import ConfigError
+from seer_servers.mock import KV, LanguageModel, MockConfig, MockServer, Speed, serve
+from seer_servers.mock.faults import DESCRIPTIONS, parse_fault
 
 _FAULT_HELP = (
     "Misbehave: NAME to do it on every call, NAME:PROBABILITY to do it on some, as in hang:0.01. Repeat for several. "

@@ -60,7 +60,9 @@ Odds = dict[Mishap, float]
 class Faults:
     """A schedule. `timed` are the faults of engines and run; calls meet mishaps by `odds`, seeded."""
 
-    def __init__(self, timed: Sequence[Fault] = (), odds: Mapping[Mishap, float] | None = None, *, seed: int = 0) -> None:
+    def __init__(
+        self, timed: Sequence[Fault] = (), odds: Mapping[Mishap, float] | None = None, *, seed: int = 0
+    ) -> None:
         self.timed = sorted(timed, key=lambda fault: fault.at)
         self._odds = dict(odds or {})
         self._rng = random.Random(f"mishaps {seed}")  # noqa: S311 - a simulation must repeat itself

@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import httpx
+
 from seer_servers.fleet import free_ports
 
 if TYPE_CHECKING:
@@ -63,5 +64,6 @@ async def running(engine: MockProcess) -> int:
     """Requests that the engine works on now."""
     async with httpx.AsyncClient(timeout=10) as client:
         page = (await client.get(f"{engine.url}/metrics")).text
-    lines = [line for line in page.splitlines() if line.startswith(("vllm:num_requests_running", "vllm:num_requests_waiting"))]
+    names = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+    lines = [line for line in page.splitlines() if line.startswith(names)]
     return int(sum(float(line.rsplit(" ", 1)[1]) for line in lines))

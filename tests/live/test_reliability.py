@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import msgspec
 import pytest
-from seer_servers.mock import LanguageModel, reference_response
-from seer_servers.mock.faults import DESCRIPTIONS
 
 from seer_async.types import Prompt
+from seer_servers.mock import LanguageModel, reference_response
+from seer_servers.mock.faults import DESCRIPTIONS
 from tests.live.engines import MockProcess, mock_engines, running
 from tests.runs import roll, samples
 
@@ -48,7 +48,8 @@ TREE: dict[str, Any] = {
 
 def prompts(count: int) -> list[Prompt]:
     rng = random.Random(5)
-    return [Prompt(id=f"g{i}", token_ids=[rng.randrange(3, 2000) for _ in range(rng.randrange(4, 40))]) for i in range(count)]
+    sizes = [rng.randrange(4, 40) for _ in range(count)]
+    return [Prompt(id=f"g{i}", token_ids=[rng.randrange(3, 2000) for _ in range(size)]) for i, size in enumerate(sizes)]
 
 
 def assert_right(by_id: dict[str, dict[str, Any]], groups: int) -> None:
@@ -139,7 +140,8 @@ async def test_a_sick_engine_is_ejected_soon(tmp_path: Path) -> None:
             async def later() -> None:
                 await asyncio.sleep(0.7)
                 async with httpx.AsyncClient() as client:
-                    (await client.post(f"{engines[2].url}/mock/faults", json={"active": {"error-500": 1.0}})).raise_for_status()
+                    answer = await client.post(f"{engines[2].url}/mock/faults", json={"active": {"error-500": 1.0}})
+                    answer.raise_for_status()
                     rollout.in_flight = len(rollout.core.instances["engine-2"].in_flight)  # type: ignore[attr-defined]
 
             rollout.task = asyncio.get_running_loop().create_task(later())  # type: ignore[attr-defined]
@@ -218,11 +220,12 @@ async def test_interrupted_cleanly(tmp_path: Path, how: str) -> None:
         if how == "abort":
             await asyncio.sleep(0.1)
             process.send_signal(signal.SIGINT)
-        output, errors = await asyncio.wait_for(process.communicate(), 30)
+        _, errors = await asyncio.wait_for(process.communicate(), 30)
         assert process.returncode == 130, errors.decode()
         await asyncio.sleep(0.3)
         assert [await running(engine) for engine in engines] == [0, 0]
-        assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == ("drained" if how == "drain" else "aborted")
+        status = json.loads((tmp_path / "run" / "run.json").read_text())["status"]
+        assert status == ("drained" if how == "drain" else "aborted")
         again = await seer("--resume", str(tmp_path / "run"))
         assert await asyncio.wait_for(again.wait(), 60) == 0
     assert_right(samples(tmp_path / "run"), 12)

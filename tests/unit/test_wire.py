@@ -23,7 +23,11 @@ SPEC = CallSpec(
 def generate_reply(**changes: Any) -> bytes:
     positions = [
         {"token_id": 5, "logprob": -0.5, "top_logprobs": [{"token_id": 5, "logprob": -0.5}]},
-        {"token_id": 6, "logprob": -2.0, "top_logprobs": [{"token_id": 6, "logprob": -2.0}, {"token_id": 9, "logprob": -1.0}]},
+        {
+            "token_id": 6,
+            "logprob": -2.0,
+            "top_logprobs": [{"token_id": 6, "logprob": -2.0}, {"token_id": 9, "logprob": -1.0}],
+        },
     ]
     choice = {
         "token_ids": [5, 6],
@@ -32,7 +36,8 @@ def generate_reply(**changes: Any) -> bytes:
         "logprobs": {"content": positions},
         "weight_versions": [{"version": "v", "start": 0, "end": 2}],
     }
-    reply = {"request_id": "generate-tokens-run-0-1", "model": "m", "usage": {"prompt_tokens": 2}, "choices": [choice | changes.pop("choice", {})]}
+    choices = [choice | changes.pop("choice", {})]
+    reply = {"request_id": "generate-tokens-run-0-1", "model": "m", "usage": {"prompt_tokens": 2}, "choices": choices}
     return json.dumps(reply | changes).encode()
 
 
@@ -45,7 +50,8 @@ def completion_reply(**changes: Any) -> bytes:
             "top_logprobs": [{"token_id:5": -0.5}, {"token_id:6": -2.0, "token_id:9": -1.0}],
         },
     }
-    reply = {"id": "cmpl-run-0-1", "model": "m", "usage": {"prompt_tokens": 2}, "choices": [choice | changes.pop("choice", {})]}
+    choices = [choice | changes.pop("choice", {})]
+    reply = {"id": "cmpl-run-0-1", "model": "m", "usage": {"prompt_tokens": 2}, "choices": choices}
     return json.dumps(reply | changes).encode()
 
 

@@ -35,7 +35,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "greedy, stop string kept": {"temperature": 0.0, "stop": ["ing "], "include_stop_str_in_output": True},
     "greedy, min_tokens": {"temperature": 0.0, "min_tokens": 80},
     "greedy, no eos": {"temperature": 0.0, "ignore_eos": True},
-    "greedy, bad words, bias": {"temperature": 0.0, "bad_words": [" the", " is a"], "logit_bias": {198: -5.0, 253: 2.0}},
+    "greedy, bad words, bias": {
+        "temperature": 0.0,
+        "bad_words": [" the", " is a"],
+        "logit_bias": {198: -5.0, 253: 2.0},
+    },
     "greedy, stop tokens, alternatives": {"temperature": 0.0, "stop_token_ids": [198, 30], "logprobs": 3},
     "seeded": {"temperature": 1.0, "seed": 11},
     "seeded, filtered": {"temperature": 0.8, "seed": 12, "top_p": 0.9, "top_k": 40, "min_p": 0.02},
@@ -71,7 +75,8 @@ async def test_chunk_size_does_not_matter(vllm_fleet: LocalFleet, tmp_path: Path
             expected = whole[key]
             assert sample["token_ids"] == expected["token_ids"], f"{key} differs at chunk size {size}"
             assert sample["text"] == expected["text"]
-            assert (sample["finish_reason"], sample["stop_reason"]) == (expected["finish_reason"], expected["stop_reason"])
+            for field in ("finish_reason", "stop_reason"):
+                assert sample[field] == expected[field]
             assert sample["logprobs"] == pytest.approx(expected["logprobs"], abs=2e-3)
             if sample["top_logprobs"]:
                 assert [len(tops) for tops in sample["top_logprobs"]] == [3] * len(sample["token_ids"])
@@ -86,7 +91,8 @@ async def test_undivided_through_us_is_vllm_itself(vllm_fleet: LocalFleet, tmp_p
     async with httpx.AsyncClient(base_url=vllm_fleet.urls[0], timeout=120) as client:
         model = (await client.get("/v1/models")).json()["data"][0]["id"]
         for sample in samples(tmp_path / "run").values():
-            body = {"model": model, "prompt": sample["prompt_token_ids"], "max_tokens": MAX_TOKENS, "return_token_ids": True}
+            body = {"model": model, "prompt": sample["prompt_token_ids"], "max_tokens": MAX_TOKENS}
+            body["return_token_ids"] = True
             choice = (await client.post("/v1/completions", json=body | OPTIONS[name])).json()["choices"][0]
             assert sample["token_ids"] == choice["token_ids"]
             assert sample["text"] == choice["text"]

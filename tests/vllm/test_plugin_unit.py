@@ -8,12 +8,9 @@ import pytest
 
 pytest.importorskip("vllm", reason="the plug-in runs inside vLLM")
 
-import seer_servers.plugin
 import torch
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from seer_servers.plugin import continuation, endpoints, patching, seeds, worker
-from seer_servers.plugin.marker import original_prompt_len
 from vllm import SamplingParams
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 from vllm.v1.sample.logits_processor.builtin import MinTokensLogitsProcessor
@@ -23,6 +20,10 @@ from vllm.v1.worker import gpu_model_runner
 from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+import seer_servers.plugin
+from seer_servers.plugin import continuation, endpoints, patching, seeds, worker
+from seer_servers.plugin.marker import original_prompt_len
 
 VOCAB = 64
 PROMPT = [1, 2, 3, 4, 5]

@@ -26,7 +26,11 @@ pytestmark = pytest.mark.vllm
 async def test_the_main_job(vllm_fleet: LocalFleet, tmp_path: Path) -> None:
     """8 prompts x 8 responses at T=1 over two engines."""
     prompts = read_dataset(default_dataset(), 8)
-    tree = {"rollout": {"n": 8, "chunk_size": 32}, "sampling": {"max_tokens": 128, "logprobs": 1}, "output": {"trace": True}}
+    tree = {
+        "rollout": {"n": 8, "chunk_size": 32},
+        "sampling": {"max_tokens": 128, "logprobs": 1},
+        "output": {"trace": True},
+    }
     result = await roll(tmp_path / "run", vllm_fleet.urls, prompts, tree)
     assert result.exit_code == 0
     assert result.snapshot.preemptions == 0
@@ -109,7 +113,8 @@ async def _until_idle(urls: list[str]) -> None:
     async with httpx.AsyncClient(timeout=10) as client:
         for _ in range(40):
             pages = [(await client.get(f"{url}/metrics")).text for url in urls]
-            running = [line for page in pages for line in page.splitlines() if line.startswith("vllm:num_requests_running{")]
+            lines = [line for page in pages for line in page.splitlines()]
+            running = [line for line in lines if line.startswith("vllm:num_requests_running{")]
             if all(float(line.rsplit(" ", 1)[1]) == 0 for line in running):
                 return
             await asyncio.sleep(0.25)

@@ -1,0 +1,212 @@
+"""What an observer who sees only events and executed commands can demand of any orchestrator.
+
+Invariants it holds the core to, over all its incarnations:
+- a `Record` answers a reply to an open call, and holds that reply's tokens, up to a stop string;
+- a `Dispatch` goes to an engine that is up, in its current epoch, continues exactly what is recorded, with tokens of one
+  weight version, within the response's limit and the engine's KV room;
+- a call that is lost with its engine is cancelled at once, and nothing is known of it afterwards;
+- an `Emit` holds exactly what is recorded, and comes once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from seer_async import invariants
+from seer_async.errors import FailureKind
+from seer_async.events import (
+    Cancel,
+    ChunkFailed,
+    ChunkFinished,
+    Command,
+    Dispatch,
+    Emit,
+    EngineDown,
+    EngineUp,
+    Event,
+    GroupAdded,
+    Record,
+)
+from seer_async.policies import find_policy
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from seer_async.config import Config
+    from seer_async.core import Core
+    from seer_async.types import ChunkReply, EngineInfo, Sample
+
+KEPT = ("stop", "length")
+"""Finish reasons of samples that are final; others are tried again when a run is resumed."""
+
+
+class Account(msgspec.Struct):
+    """What is recorded of one request."""
+
+    group: GroupAdded
+    tokens: list[int] = []
+    logprobs: list[float] = []
+    chunks: int = 0
+    versions: set[str] = msgspec.field(default_factory=set)
+    finish_reason: str | None = None
+
+
+class Audit:
+    """Watches all incarnations of an orchestrator. `samples` are those that a run folder would hold."""
+
+    def __init__(self, config: Config, groups: Sequence[GroupAdded]) -> None:
+        self.samples: dict[str, Sample] = {}
+        self.accounts = {f"{g.prompt.id}/{i}": Account(g) for g in groups for i in range(g.n)}
+        self._config = config
+        self._policy = find_policy(config.scheduler.policy)
+
+    def start(self, core: Core) -> None:
+        """Another orchestrator takes over; it knows the journal and the final samples."""
+        self.samples = {key: sample for key, sample in self.samples.items() if sample.finish_reason in KEPT}
+        self._core = core
+        self._up: dict[str, EngineInfo] = {}
+        self._epochs: dict[str, int] = {}
+        self._busy_until: dict[str, float] = {}
+        self._open: dict[int, Dispatch] = {}
+        self._last_call = 0
+        self._answered: tuple[Dispatch, ChunkReply] | None = None
+        self._lost: set[int] = set()
+        self._blameless: tuple[str, object] | None = None
+
+    # Events, before the core sees them
+
+    def event(self, event: Event, now: float) -> None:
+        """Something happens."""
+        self._answered = None
+        self._blameless = None
+        match event:
+            case ChunkFinished() if dispatch := self._open.pop(event.call, None):
+                self._answered = dispatch, event.reply
+            case ChunkFailed() if dispatch := self._open.pop(event.call, None):
+                self._failed(event, dispatch.engine, now)
+            case EngineUp():
+                self._lose(event.engine)
+                self._up[event.engine] = event.info
+                self._epochs[event.engine] = self._epochs.get(event.engine, 0) + 1
+                self._busy_until.pop(event.engine, None)
+            case EngineDown():
+                self._lose(event.engine)
+                self._up.pop(event.engine, None)
+            case _:
+                pass
+
+    def _failed(self, event: ChunkFailed, engine: str, now: float) -> None:
+        if event.kind is FailureKind.BUSY and event.retry_after:
+            self._busy_until[engine] = max(self._busy_until.get(engine, 0), now + event.retry_after)
+        elif event.kind is FailureKind.REJECTED:
+            self._blameless = engine, self._health(engine)
+
+    def _health(self, engine: str) -> object:
+        instance = self._core.instances[engine]
+        return instance.failures, instance.ejections, instance.closed_until, instance.half_open
+
+    def _lose(self, engine: str) -> None:
+        self._lost |= {call for call, dispatch in self._open.items() if dispatch.engine == engine}
+
+    # Commands, as they are executed
+
+    def command(self, command: Command, now: float) -> None:
+        """The orchestrator did something."""
+        match command:
+            case Dispatch():
+                self._dispatch(command, now)
+            case Record():
+                self._record(command)
+            case Emit():
+                self._emit(command.sample)
+            case Cancel():
+                assert command.call in self._open, f"call {command.call} is cancelled, but not open"
+                del self._open[command.call]
+                self._lost.discard(command.call)
+            case _:
+                pass
+
+    def _record(self, record: Record) -> None:
+        account = self.accounts[record.request]
+        if record.chunk is None:
+            self.accounts[record.request] = Account(account.group)
+            return
+        assert self._answered, f"{record.request} is recorded without a reply to an open call"
+        dispatch, reply = self._answered
+        self._answered = None
+        assert dispatch.request == record.request, f"{record.request} is recorded with the reply to {dispatch.request}"
+        count = len(record.token_ids)
+        assert count == len(reply.token_ids) or record.stop_reason in self._config.sampling.stop, "a reply is cut short"
+        assert record.token_ids == reply.token_ids[:count], "a record holds other tokens than the reply"
+        assert record.logprobs == reply.logprobs[:count], "a record holds other logprobs than the reply"
+        chunk = record.chunk
+        assert (chunk.n, chunk.tokens) == (account.chunks, count), f"{record.request} misnumbers a chunk"
+        assert (chunk.engine, chunk.epoch) == (dispatch.engine, dispatch.epoch), "a chunk has the wrong provenance"
+        account.tokens = account.tokens + record.token_ids
+        account.logprobs = account.logprobs + record.logprobs
+        account.versions = account.versions | {chunk.weight_version}
+        account.chunks += 1
+        account.finish_reason = record.finish_reason
+
+    def _emit(self, sample: Sample) -> None:
+        account = self.accounts[sample.id]
+        assert sample.id not in self.samples, f"{sample.id} is emitted twice"
+        assert sample.token_ids == account.tokens, f"{sample.id} is emitted with other tokens than recorded"
+        assert sample.logprobs == account.logprobs, f"{sample.id} is emitted with other logprobs than recorded"
+        recorded = account.finish_reason or sample.finish_reason
+        assert sample.finish_reason == recorded, f"{sample.id} ends otherwise than recorded"
+        assert account.finish_reason or sample.finish_reason not in KEPT, f"{sample.id} ends without a record"
+        self.samples[sample.id] = sample
+
+    def _dispatch(self, call: Dispatch, now: float) -> None:
+        account = self.accounts[call.request]
+        assert call.call > self._last_call, f"call {call.call} is not new"
+        self._last_call = call.call
+        assert all(other.request != call.request for other in self._open.values()), f"{call.request} has two open calls"
+        assert call.request not in self.samples, f"{call.request} goes on after it was emitted"
+        assert account.finish_reason is None, f"{call.request} goes on after its end was recorded"
+        assert call.prefix == (account.group.prompt.token_ids or []) + account.tokens, (
+            f"{call.request} continues something else than what is recorded"
+        )
+        assert call.engine in self._up, f"a call is sent to {call.engine}, which is down"
+        assert call.epoch == self._epochs[call.engine], f"a call is sent to another epoch of {call.engine}"
+        assert now >= self._busy_until.get(call.engine, 0), f"a call is sent to {call.engine}, which asked for a pause"
+        if self._config.rollout.mixed_versions == "restart":
+            assert account.versions <= {call.weight_version}, f"{call.request} would mix weight versions"
+        self._check_length(call, account)
+        self._open[call.call] = call
+        self._check_room(call.engine)
+
+    def _check_length(self, call: Dispatch, account: Account) -> None:
+        assert call.max_tokens == call.params["max_tokens"] >= 1, f"call {call.call} asks for {call.max_tokens} tokens"
+        left = account.group.limit - len(account.tokens)
+        assert call.max_tokens <= left, f"{call.request} may get {left} more tokens, not {call.max_tokens}"
+        size = self._config.rollout.chunk_size
+        assert not size or not self._policy.divided or call.max_tokens <= size, f"call {call.call} is too long a chunk"
+
+    def _check_room(self, engine: str) -> None:
+        info = self._up[engine]
+        calls = [call for call in self._open.values() if call.engine == engine]
+        if not self._policy.admits_by_room or len(calls) == 1:
+            return  # an engine without other calls of ours takes whatever it can hold at all
+        need = sum(-(-(len(call.prefix) + call.max_tokens) // info.block_size) for call in calls)
+        room = int((info.num_blocks - 1) * self._config.engine.kv_fraction)
+        assert need <= room, f"{engine} has {room} KV blocks for us, its calls may need {need}"
+        assert len(calls) <= (info.max_num_seqs or len(calls)), f"{engine} runs {len(calls)} calls"
+
+    # When all commands of an event have been executed
+
+    def settled(self) -> None:
+        """Nothing may be owed now, and the core must agree with itself and with what was seen."""
+        core = self._core
+        assert not self._lost, f"calls {sorted(self._lost)} are lost with their engine and not cancelled"
+        assert set(core.calls) == set(self._open), "the core's calls in flight are not those that were sent"
+        if self._blameless:
+            engine, health = self._blameless
+            assert health == self._health(engine), f"{engine} is blamed for a call that it was right to reject"
+        for instance in core.instances.values():
+            if instance.up and instance.stats is not None and instance.info is not None:
+                assert instance.stats.boot == instance.info.boot, f"a reading of another process is taken for {instance.name}"
+        invariants.check(core)
