@@ -337,6 +337,6 @@ def test_the_default_model_is_whole() -> None:
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     with safe_open(folder / "model.safetensors", "pt") as weights:
-        shapes = [tuple(weights.get_slice(key).get_shape()) for key in weights.keys()]
+        shapes = [tuple(weights.get_slice(key).get_shape()) for key in weights.keys()]  # noqa: SIM118 - no dict
     assert (config["vocab_size"], config["hidden_size"]) in shapes
     assert sum(a * (b[0] if b else 1) for a, *b in shapes) > 134e6

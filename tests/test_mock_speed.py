@@ -10,7 +10,7 @@ from seer_servers.mock import KV, Speed
 from seer_servers.mock.speed import Job, PrefixCache, Simulation
 
 
-def lone_seconds(job, speed, kv=KV()):
+def lone_seconds(job, speed, kv=KV()):  # noqa: B008 - it is immutable
     simulation = Simulation(speed, kv)
     simulation.add(job)
     simulation.advance(0.0)

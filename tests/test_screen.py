@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from msgspec.structs import replace
 from rich.cells import cell_len
 
 from seer_async.events import DrainRequested
-from seer_async.snapshot import Snapshot
 from seer_cli.panel import clean, duration, share_out, short
 from seer_cli.screen import Frame, eta, lay_out
 from tests.fake_run import FakeRun
 from tests.views import HOSTILE, REQUEST, engine, group, moments, snapshot
+
+if TYPE_CHECKING:
+    from seer_async.snapshot import Snapshot
 
 SIZES = [(80, 24), (100, 30), (160, 50), (119, 29), (120, 30), (40, 12), (20, 5), (300, 90)]
 

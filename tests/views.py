@@ -20,6 +20,8 @@ HOSTILE = (
     + "{:04} \x9b2J\r\n\u4f60\u597d"
     + "x" * 90
 )
+
+ENGINE = EngineView(
     name="engine-0", state="up", epoch=1, in_flight=3, slots=16, kv_used=0.25, kv_reserved=0.5, queued=0, preemptions=0,
     generated=100, weight_version="step-7", last_error=None,
 )  # fmt: skip

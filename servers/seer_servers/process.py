@@ -96,13 +96,13 @@ def guard(command: Sequence[str]) -> None:
     """Run `command` until it exits, standard input ends or the owner is gone; then kill the process group, us too."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     owner = os.getppid()
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL)  # noqa: S603 - our owner's words, no shell
     try:
         # The pipe tells at once; the parent's id also tells when somebody else has inherited the pipe's other end.
         while child.poll() is None and os.getppid() == owner and not select.select([0], [], [], POLL_S)[0]:
             pass
         if child.returncode is not None:
-            print(f"exited with code {child.returncode}", flush=True)
+            print(f"exited with code {child.returncode}", flush=True)  # noqa: T201 - goes to the log
     finally:
         child.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -40,6 +40,6 @@ class MockConfig(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-def _require(ok: bool, message: str) -> None:
+def _require(ok: bool, message: str) -> None:  # noqa: FBT001 - a condition is what it takes
     if not ok:
         raise ConfigError(message)

@@ -48,7 +48,7 @@ class MockEngine:
         self._idle = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._due = 0.0
-        self._random = Random(config.model.seed)
+        self._random = Random(config.model.seed)  # noqa: S311 - sampling seeds, no secrets
         self._ended_tokens = 0
 
     async def generate(self, call: Call) -> Outcome:

@@ -47,7 +47,7 @@ class Faults:
     def __init__(self, seed: int) -> None:
         self.active: dict[str, float] = {}
         self.fired: Counter[str] = Counter()
-        self._random = Random(f"faults {seed}")
+        self._random = Random(f"faults {seed}")  # noqa: S311 - which call meets a fault is no secret
         self._replies: deque[tuple[str, str, bytes]] = deque(maxlen=_KEPT_REPLIES)
 
     def switch(self, active: Mapping[str, float]) -> None:

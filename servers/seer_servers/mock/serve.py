@@ -21,7 +21,7 @@ async def serve(server: MockServer, host: str, port: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     runner, url = await server.start(host, port)
-    print(f"mock engine ready at {url}", flush=True)
+    print(f"mock engine ready at {url}", flush=True)  # noqa: T201 - the line that starters wait for
     await stop.wait()
     await runner.cleanup()
 

@@ -11,7 +11,7 @@ import logging
 def register() -> None:
     """Prepare this process for its workers. vLLM calls it in every process, perhaps more than once."""
     try:
-        from seer_servers.plugin.worker import hook
+        from seer_servers.plugin.worker import hook  # noqa: PLC0415 - costs seconds where vLLM has not loaded it
 
         hook()
     except Exception:

@@ -63,7 +63,7 @@ def _divide(request: Any, point: int) -> list[int]:
 
 
 def _around_post_init(post_init: Function) -> Function:
-    def __post_init__(state: Any) -> None:
+    def __post_init__(state: Any) -> None:  # noqa: N807 - it replaces the method of that name
         point = split_point(state)
         if point is not None:
             rest = _divide(state, point)

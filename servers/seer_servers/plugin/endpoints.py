@@ -51,7 +51,7 @@ async def workers_support(client: EngineClient) -> dict[str, Any]:
     try:
         reports: list[dict[str, Any]] = await client.collective_rpc("seer_support")
         common = set.intersection(*(set(report["capabilities"]) for report in reports))
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the engine serves all the same
         logger.warning("The workers run without the Seer plug-in, so no capability is advertised: %s", error)
         runner = "v2" if client.vllm_config.use_v2_model_runner else "v1"
         return {"boot_id": str(uuid.uuid4()), "runner": runner, "capabilities": []}

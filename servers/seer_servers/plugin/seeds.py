@@ -89,7 +89,7 @@ def seek_rows(batch: Any) -> None:
 
 
 def _around_post_init(post_init: Function) -> Function:
-    def __post_init__(state: Any) -> None:
+    def __post_init__(state: Any) -> None:  # noqa: N807 - it replaces the method of that name
         marked = original_prompt_len(state.sampling_params, state.prompt_token_ids) is not None
         if marked and state.generator is not None:
             state.generator = PositionGenerator(state.sampling_params.seed, state.generator.device)

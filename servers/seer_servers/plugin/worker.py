@@ -51,9 +51,9 @@ def support(config: Any) -> dict[str, Any]:
 def _succeeds(name: str, install: Callable[[], None]) -> bool:
     try:
         if not vllm.__version__.startswith(SUPPORTED_RELEASE):
-            raise UnsupportedVllmError(f"this is vLLM {vllm.__version__}")
+            raise UnsupportedVllmError(f"this is vLLM {vllm.__version__}")  # noqa: TRY301 - one way to say no
         install()
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever it is, the engine starts without the capability
         logger.warning("Seer capability %s is off: %s. Install vllm==0.32.0 to have it.", name, error)
         return False
     return True
@@ -63,8 +63,8 @@ def _succeeds(name: str, install: Callable[[], None]) -> bool:
 
 
 def _v1_classes() -> tuple[type, type]:
-    from vllm.v1.worker.gpu_input_batch import CachedRequestState
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    from vllm.v1.worker.gpu_input_batch import CachedRequestState  # noqa: PLC0415
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner  # noqa: PLC0415
 
     return GPUModelRunner, CachedRequestState
 
@@ -81,14 +81,14 @@ def _v1_continuation() -> None:
 
 def _v2_seeds() -> None:
     """Nothing to patch, but the sampler must still be the one that seeds.py speaks of."""
-    from vllm.v1.worker.gpu.sample.sampler import Sampler
+    from vllm.v1.worker.gpu.sample.sampler import Sampler  # noqa: PLC0415
 
     check_signature(Sampler, "_sample_random", seeds.V2_SAMPLE_RANDOM)
 
 
 @functools.cache
 def _v2_continuation() -> None:
-    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner  # noqa: PLC0415
 
     apply_all(continuation.v2_patches(GPUModelRunner))
 

@@ -1,0 +1,172 @@
+"""A random rollout for each seed: fleet, groups, options, policy and faults."""
+
+import random
+from typing import Any
+
+from seer_async.config import resolve
+from seer_async.core import Core
+from seer_async.events import GroupAdded
+from seer_async.policies import policy_names
+from seer_async.testing import (
+    FaultKind,
+    LinearCost,
+    Mishap,
+    Model,
+    Reference,
+    SimulatedEngine,
+    VirtualClock,
+    World,
+    random_faults,
+)
+from seer_async.types import EngineInfo, Prompt
+
+from .tokens import byte_level_tokenizer
+
+POLICIES = policy_names()
+
+
+class Scenario:
+    """`world` is ready to run; `check` compares what came out of it with the reference."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = rng = random.Random(f"scenario {seed}")
+        self.seed = seed
+        self.divided_noise = rng.random() < 0.15  # engines that draw noise anew for each call
+        self.says_versions = not self.divided_noise and rng.random() < 0.8
+        self.tokenizer = byte_level_tokenizer() if rng.random() < 0.3 else None
+        self.model = Model(
+            vocab_size=self.tokenizer.get_vocab_size() if self.tokenizer else rng.choice([20, 1000]),
+            mean_length=rng.choice([4, 15, 40]),
+            sigma=rng.choice([0.3, 0.9]),
+        )
+        self.groups = self._groups()
+        self.config = resolve(self._tree())
+        clock = VirtualClock(seed)
+        self.engines = self._engines(clock)
+        self.world = World(
+            self.config,
+            self.groups,
+            self.engines,
+            clock,
+            seed=seed,
+            faults=self._faults(),
+            lengths=self._lengths() if self.config.scheduler.policy == "oracle" else None,
+            tokenizer=self.tokenizer,
+        )
+
+    def run(self) -> None:
+        self.world.finish()
+        self.check()
+
+    def check(self) -> None:
+        world = self.world
+        reference = Reference(
+            self.model, self.config.sampling, tokenizer=self.tokenizer, position_seeds=not self.divided_noise
+        )
+        groups = {group.prompt.id: group for group in self.groups}
+        assert world.samples.keys() == {f"{g.prompt.id}/{i}" for g in self.groups for i in range(g.n)}
+        assert len({sample.seed for sample in world.samples.values()}) == len(world.samples)
+        unbiased = world.core.policy.unbiased
+        for sample in world.samples.values():
+            assert unbiased or not sample.on_policy
+            marked = self.config.rollout.mixed_versions == "mark" and not sample.on_policy
+            reference.check(sample, groups[sample.group], world.versions, may_mix=marked)
+
+    def _groups(self) -> list[GroupAdded]:
+        rng = self.rng
+        groups = []
+        forced = rng.random() < 0.2
+        for number in range(rng.randint(1, 6)):
+            limit = rng.choice([1, 8, 30, 90])
+            n = rng.randint(1, 5)
+            prompt = Prompt(
+                id=f"g{number}", token_ids=[rng.randrange(1, self.model.vocab_size) for _ in range(rng.randint(1, 20))]
+            )
+            lengths = tuple(rng.randint(1, limit + 5) for _ in range(n)) if forced else None
+            groups.append(GroupAdded(prompt=prompt, n=n, limit=limit, forced_lengths=lengths))
+        return groups
+
+    def _tree(self) -> dict[str, Any]:
+        rng = self.rng
+        limit = max(group.limit for group in self.groups)
+        sampling: dict[str, Any] = {"max_tokens": limit, "logprobs": rng.choice([0, 0, 2])}
+        if rng.random() < 0.3:
+            sampling["min_tokens"] = rng.randint(0, min(limit, 20))
+        if rng.random() < 0.3:
+            sampling["stop_token_ids"] = rng.sample(range(1, self.model.vocab_size), 2)
+        if rng.random() < 0.1:
+            sampling["ignore_eos"] = True
+        if self.tokenizer:
+            sampling["stop"] = rng.choice([[], ["€"], ["éa", "bb"], ["b€a", " a"]])
+            sampling["include_stop_str_in_output"] = rng.random() < 0.5
+        return {
+            "rollout": {
+                "chunk_size": rng.choice([0, 2, 7, 16, 50]),
+                "mixed_versions": rng.choice(["restart", "restart", "mark"]),
+                "max_attempts": rng.choice([2, 10]),
+            },
+            "sampling": sampling,
+            "scheduler": {
+                "policy": POLICIES[self.seed % len(POLICIES)],
+                "probes": rng.choice([0, 1, 1, 2]),
+                "fairness": rng.choice([2, 8, 32]),
+                "affinity": rng.choice([0.0, 0.25, 2.0]),
+            },
+            "engine": {
+                "kv_fraction": rng.choice([1.0, 1.0, 0.8, 0.4]),
+                "max_in_flight": rng.choice([1, 3, 64]),
+                "chunk_timeout_s": rng.choice([3.0, 20.0]),
+                "patience_s": rng.choice([4.0, 60.0]),
+                "telemetry_s": rng.choice([0.3, 1.0]),
+                "eject_after": rng.randint(1, 3),
+                "eject_max_s": rng.choice([2.0, 30.0]),
+            },
+        }
+
+    def _engines(self, clock: VirtualClock) -> list[SimulatedEngine]:
+        rng = self.rng
+        longest = max(len(g.prompt.token_ids or ()) + g.limit for g in self.groups)
+        block = rng.choice([1, 4, 16])
+        least = -(-longest // block) + 1  # one block is the engine's own
+        scarce = rng.random() < 0.5
+        capabilities = frozenset() if self.divided_noise else frozenset({"position_seeds", "continuation"})
+        engines = []
+        for number in range(rng.randint(1, 6)):
+            info = EngineInfo(
+                boot="",
+                model="model",
+                max_model_len=longest,
+                block_size=block,
+                num_blocks=least * (rng.randint(1, 3) if scarce else 100),
+                max_num_seqs=rng.choice([None, 2, 16]),
+                vocab_size=self.model.vocab_size,
+                weight_version="v0",
+                capabilities=capabilities,
+                dialect="generate" if self.says_versions else "completions",
+            )
+            cost = LinearCost(base_s=rng.choice([0.005, 0.02]), prefill_token_s=0.0001)
+            engines.append(SimulatedEngine(f"e{number}", info, clock, self.model, cost))
+        return engines
+
+    def _faults(self):
+        rng = self.rng
+        names = [engine.name for engine in self.engines]
+        kinds = rng.sample(list(FaultKind), rng.randint(1, len(FaultKind)))
+        rate = rng.choice([0.0, 0.01, 0.05])
+        return random_faults(
+            self.seed,
+            names,
+            until=rng.choice([1.0, 3.0, 10.0]),
+            count=rng.choice([0, 3, 10, 20]),
+            kinds=kinds,
+            odds=dict.fromkeys(Mishap, rate),
+        )
+
+    def _lengths(self) -> dict[str, int]:
+        probe = Core(resolve({}), [], run="world", seed=self.seed)  # it alone derives seeds
+        for group in self.groups:
+            probe.handle(group, 0.0)
+        return {
+            request.id: self.model.length(request.group.prompt.token_ids or [], request.seed, "v0")
+            for request in probe.buffer.requests.values()
+        }
