@@ -454,6 +454,7 @@ class Core:
         request = call.request
         return Dispatch(
             call=call.id,
+            n=call.n,
             engine=call.instance.name,
             epoch=call.epoch,
             request=request.id,

@@ -107,9 +107,10 @@ Event = (
 
 
 class Dispatch(msgspec.Struct, frozen=True, kw_only=True):
-    """Send a call: continue `prefix` for at most `max_tokens` tokens."""
+    """Send a call: continue `prefix` for at most `max_tokens` tokens, as the request's chunk `n`, counted from 0."""
 
     call: int
+    n: int
     engine: str
     epoch: int
     request: str

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from seer_async.core import Core
 from seer_async.engine import EngineClient
-from seer_async.errors import DatasetError, EngineError, FailureKind, FleetError, UsageError
+from seer_async.errors import DatasetError, EngineError, FailureKind, FleetError, StorageError, UsageError
 from seer_async.events import AbortRequested, DrainRequested, GroupAdded, InputClosed, Restored
 from seer_async.lengths import lengths_for
 from seer_async.policies import find_policy
@@ -207,7 +207,7 @@ class Rollout:
         self._config = folder.config
         self._clock = Clock()
         self._lengths = lengths_for(self._config, folder.prompts)
-        self._trace = TraceWriter(folder.path / "trace.json") if self._config.output.trace else None
+        self._trace = self._open_trace() if self._config.output.trace else None
         self.core = Core(
             self._config,
             list(fleet.clients),
@@ -225,6 +225,16 @@ class Rollout:
             accepts=fleet.objection,
             watch=watch,
         )
+
+    def _open_trace(self) -> TraceWriter:
+        path = self._folder.path / "trace.json"
+        try:
+            trace = TraceWriter(path)
+            for name in self._fleet.clients:
+                trace.engine(name)
+        except OSError as error:
+            raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+        return trace
 
     def drain(self) -> None:
         """Finish the chunks in flight, then stop; the run can be resumed."""

@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 
 TRIAL_TIMEOUT_S = 60.0  # for one token from an engine that others may keep busy
 _RETRY_ATTACH_S = 1.0
-_REPORT_SHARE = 50  # watching may take one fiftieth of the loop's time
+_REPORT_SHARE = 50  # watching may take one fiftieth of the loop's time,
+_REPORT_PAUSE_S = 2.0  # unless that would look frozen
 
 
 class Tracer(Protocol):
@@ -267,10 +268,10 @@ class Shell:
 
     async def _report(self) -> None:
         while True:
-            begun = time.monotonic()
+            begun = time.thread_time()
             self._report_once()
-            spent = time.monotonic() - begun  # grows with the run; keep it a small share of the loop's time
-            await asyncio.sleep(max(self._watch_s, _REPORT_SHARE * spent))
+            spent = time.thread_time() - begun  # grows with the run; keep it a small share of the loop's time
+            await asyncio.sleep(max(self._watch_s, min(_REPORT_PAUSE_S, _REPORT_SHARE * spent)))
 
     def _report_once(self) -> None:
         self._watch(take_snapshot(self._core, self._clock.now()))

@@ -51,12 +51,11 @@ class _Call(NamedTuple):
 
 
 class _Last(NamedTuple):
-    """Where a request's latest call ran, the instant just before it ended, and its next chunk's number if known."""
+    """Where a request's latest call ran, and the instant just before it ended."""
 
     pid: int
     tid: int
     at: int
-    next_chunk: int | None
 
 
 class _Engine:
@@ -115,7 +114,7 @@ class TraceWriter:
             self._name("thread_name", engine.pid, f"slot {slot:04}", tid=engine.pid + slot)
         args = {
             "request": dispatch.request,
-            "chunk": self._chunk(dispatch),
+            "chunk": dispatch.n,
             "prefix": len(dispatch.prefix),
             "max_tokens": dispatch.max_tokens,
             "weight_version": dispatch.weight_version,
@@ -163,13 +162,6 @@ class TraceWriter:
 
     # Calls
 
-    def _chunk(self, dispatch: Dispatch) -> int | None:
-        """The number of the chunk, or None where an earlier part of the run began the response."""
-        if len(dispatch.prefix) == dispatch.params["extra_args"]["seer_prompt_len"]:
-            return 0
-        last = self._last.get(dispatch.request)
-        return last.next_chunk if last else None
-
     def _end(self, number: int, now: float, result: dict[str, Any]) -> None:
         engine, slot, start, request, args = self._calls.pop(number)
         engine.give_back(slot)
@@ -178,11 +170,9 @@ class TraceWriter:
         whole = {"ph": "X", "ts": start, "dur": end - start, "pid": pid, "tid": tid, "name": request}
         self._write(whole | {"args": args | result})
         self._arrow(self._last.get(request), pid, tid, start)
-        ok = result["outcome"] == "ok"
-        if not ok:
+        if result["outcome"] != "ok":
             self._instant(result["outcome"], end, pid, tid, scope="t", args={"request": request})
-        chunk = args["chunk"]
-        self._last[request] = _Last(pid, tid, max(start, end - 1), chunk + ok if chunk is not None else None)
+        self._last[request] = _Last(pid, tid, max(start, end - 1))
 
     def _arrow(self, last: _Last | None, pid: int, tid: int, start: int) -> None:
         """Viewers tie an arrow's ends to the events around them, so the first lies just inside the earlier call."""

@@ -33,7 +33,7 @@ METADATA = {"process_name", "thread_name", "process_labels", "process_sort_index
 
 def dispatch(call: int, engine: str, request: str = "g/0", generated: int = 0) -> Dispatch:
     return Dispatch(
-        call=call, engine=engine, epoch=1, request=request, prefix=[7] * (40 + generated),
+        call=call, n=generated // 64, engine=engine, epoch=1, request=request, prefix=[7] * (40 + generated),
         params={"extra_args": {"seer_prompt_len": 40}}, max_tokens=64, weight_version="step-1",
     )  # fmt: skip
 
@@ -227,7 +227,7 @@ def test_crash_leaves_whole_lines_and_a_resumed_run_goes_on(path: Path, trace: T
     assert len(set(names.values())) == len(names) == 4  # seer, engine-0, engine-1, engine-9
     new = of(events, "X")[-3:]
     assert [x["ts"] for x in new] == [100_000_000, 101_000_000, 102_000_000], "on the first run's axis"
-    assert [x["args"]["chunk"] for x in new] == [0, None, 1], "a number that is not known is not made up"
+    assert [x["args"]["chunk"] for x in new] == [0, 1, 1]
     assert [i["ts"] for i in of(events, "i") if i["name"] == "resumed"] == [100_000_000]
 
 

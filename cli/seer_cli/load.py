@@ -21,6 +21,7 @@ from seer_async.events import ChunkFinished
 from seer_async.rollout import Rollout, open_fleet
 from seer_async.runfolder import RunFolder
 from seer_async.types import Prompt
+from seer_cli.process import calm_gc
 from seer_servers.fleet import free_ports
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ async def _measure(urls: list[str], in_flight: int, pending: int, seconds: float
                 Path(scratch) / "run", config, _prompts(in_flight + pending), dataset="", command=[]
             )
             rollout = Rollout(folder, fleet, None)
+            calm_gc()
             meter = _Meter(rollout.core)
             asyncio.get_running_loop().call_later(seconds + meter.warm_up_s, rollout.abort)
             async with meter:

@@ -27,6 +27,7 @@ from seer_cli.display import make_display
 from seer_cli.engines import local_spec
 from seer_cli.options import config_from, given
 from seer_cli.output import machine_errors, print_json
+from seer_cli.process import calm_gc
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -290,6 +291,8 @@ async def _roll(
     records: Sequence[Record] = (),
     emitted: frozenset[str] = frozenset(),
 ) -> Result:
+    display.run = folder.info.run
+    calm_gc()
     try:
         with _interrupts(rollout, display):
             result = await rollout.run(records, emitted)

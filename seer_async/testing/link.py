@@ -105,10 +105,11 @@ class Link:
             self._tell(call, ChunkFinished(call=call, reply=self._spoilt(reply, mishap)))
 
     def _spoilt(self, reply: ChunkReply, mishap: Mishap | None) -> ChunkReply:
+        before_end = len(reply.token_ids) - (reply.finish_reason == "stop")
         if mishap is Mishap.ABORT:
-            return shortened(reply, self._rng.randint(0, len(reply.token_ids)), "abort", None)
-        if mishap is Mishap.FALSE_STOP:
-            return shortened(reply, self._rng.randint(1, len(reply.token_ids)), "stop", "only the engine saw it")
+            return shortened(reply, self._rng.randint(0, before_end), "abort", None)
+        if mishap is Mishap.FALSE_STOP and before_end:
+            return shortened(reply, self._rng.randint(1, before_end), "stop", "only the engine saw it")
         return reply
 
     def _time_out(self, call: int) -> None:
@@ -134,6 +135,9 @@ class Link:
             return
         if self.engine.partitioned:
             self._deliver(event, _HEAL_CHECK_S)
+        elif isinstance(event, ChunkFinished) and not event.reply.versions:
+            reply = msgspec.structs.replace(event.reply, version_after=self.engine.version)  # read now, as the client does
+            self._post(ChunkFinished(call=event.call, reply=reply))
         else:
             self._post(event)
 

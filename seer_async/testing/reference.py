@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -73,7 +74,8 @@ class Reference:
         """Each token is what some weights sample after the tokens before it."""
         have = sample.prompt_token_ids
         for n, pair in enumerate(zip(sample.token_ids, sample.logprobs, strict=True)):
-            calls = [self._generate(sample, have + sample.token_ids[:n], v, n, 1, forced=forced) for v in versions]
+            prefix = have + sample.token_ids[:n]
+            calls = [self._generate(sample, prefix, v, self._begin(sample, n), 1, forced=forced) for v in versions]
             assert pair in {(call.token_ids[0], call.logprobs[0]) for call in calls}, f"{sample.id} has a foreign token"
 
     def _response(self, sample: Sample, group: GroupAdded) -> Response:
@@ -90,39 +92,34 @@ class Reference:
         if self._position_seeds:
             return self._generate(sample, sample.prompt_token_ids, version, 0, limit, forced=forced)
         whole = Generated([], [], "length", None)  # noise begins anew with each chunk: follow the sample's own cuts
-        while whole.finish_reason == "length" and (left := limit - len(whole.token_ids)):
-            part = self._generate(
-                sample,
-                sample.prompt_token_ids + whole.token_ids,
-                version,
-                len(whole.token_ids),
-                min(left, self._cut_after(sample, len(whole.token_ids)) or left),
-                forced=forced,
-            )
-            whole.token_ids += part.token_ids
-            whole.logprobs += part.logprobs
-            whole.finish_reason, whole.stop_reason = part.finish_reason, part.stop_reason
+        ends = [*accumulate(chunk.tokens for chunk in sample.chunks), limit]
+        for end in ends:
+            begin = len(whole.token_ids)
+            if whole.finish_reason == "length" and begin < end:
+                prefix = sample.prompt_token_ids + whole.token_ids
+                part = self._generate(sample, prefix, version, begin, end - begin, forced=forced)
+                whole.token_ids += part.token_ids
+                whole.logprobs += part.logprobs
+                whole.finish_reason, whole.stop_reason = part.finish_reason, part.stop_reason
         return whole
 
-    def _cut_after(self, sample: Sample, tokens: int) -> int | None:
-        """How many tokens the chunk that begins after `tokens` tokens has."""
-        begin = 0
-        for chunk in sample.chunks:
-            if begin == tokens and chunk.tokens:
-                return chunk.tokens
-            begin += chunk.tokens
-        return None
+    def _begin(self, sample: Sample, token: int) -> int:
+        """How many tokens come before the chunk that holds the `token`-th one, counted from 0."""
+        ends = list(accumulate(chunk.tokens for chunk in sample.chunks))
+        return max((end for end in ends if end <= token), default=0)
 
     def _generate(
-        self, sample: Sample, prefix: Sequence[int], version: str, have: int, most: int, *, forced: bool
+        self, sample: Sample, prefix: Sequence[int], version: str, begin: int, most: int, *, forced: bool
     ) -> Generated:
+        """At most `most` tokens behind `prefix`, in a chunk that begins after `begin` tokens of the response."""
+        prompt_len = len(sample.prompt_token_ids)
         return self._model.generate(
             prefix,
-            prompt_len=len(sample.prompt_token_ids),
-            seed=chunk_seed(sample.seed, have, position_seeds=self._position_seeds),
+            prompt_len=prompt_len,
+            seed=chunk_seed(sample.seed, begin, position_seeds=self._position_seeds),
             version=version,
             max_tokens=most,
-            min_tokens=self._sampling.min_tokens - have,
+            min_tokens=self._sampling.min_tokens - (len(prefix) - prompt_len),
             ignore_eos=forced or self._sampling.ignore_eos,
             stop_token_ids=self._sampling.stop_token_ids,
         )

@@ -276,13 +276,4 @@ class World:
         version = f"v{len(self.versions)}"
         self.versions.add(version)
         for engine in self.engines.values():
-            self.clock.after(self._rng.uniform(0, within), lambda engine=engine: self._load(engine, version))
-
-    def _load(self, engine: SimulatedEngine, version: str) -> None:
-        """New weights in place; by a new process where an engine cannot say which weights sampled what."""
-        if engine.info.dialect == "generate":
-            engine.update_weights(version)
-        else:
-            engine.kill()
-            engine.version = version
-            self._revive(engine)
+            self.clock.after(self._rng.uniform(0, within), lambda engine=engine: engine.update_weights(version))

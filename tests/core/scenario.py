@@ -36,7 +36,7 @@ class Scenario:
         self.tokenizer = byte_level_tokenizer() if rng.random() < 0.3 else None
         self.model = Model(
             vocab_size=self.tokenizer.get_vocab_size() if self.tokenizer else rng.choice([20, 1000]),
-            mean_length=rng.choice([4, 15, 40]),
+            mean_length=rng.choice([5, 25, 80]),
             sigma=rng.choice([0.3, 0.9]),
         )
         self.groups = self._groups()
@@ -76,9 +76,9 @@ class Scenario:
         rng = self.rng
         groups = []
         forced = rng.random() < 0.2
-        for number in range(rng.randint(1, 6)):
-            limit = rng.choice([1, 8, 30, 90])
-            n = rng.randint(1, 5)
+        for number in range(rng.randint(1, 10)):
+            limit = rng.choice([1, 8, 40, 200])
+            n = rng.randint(1, 6)
             prompt = Prompt(
                 id=f"g{number}", token_ids=[rng.randrange(1, self.model.vocab_size) for _ in range(rng.randint(1, 20))]
             )
@@ -101,7 +101,7 @@ class Scenario:
             sampling["include_stop_str_in_output"] = rng.random() < 0.5
         return {
             "rollout": {
-                "chunk_size": rng.choice([0, 2, 7, 16, 50]),
+                "chunk_size": rng.choice([0, 3, 8, 20, 60]),
                 "mixed_versions": rng.choice(["restart", "restart", "mark"]),
                 "max_attempts": rng.choice([2, 10]),
             },
@@ -144,7 +144,7 @@ class Scenario:
                 capabilities=capabilities,
                 dialect="generate" if self.says_versions else "completions",
             )
-            cost = LinearCost(base_s=rng.choice([0.005, 0.02]), prefill_token_s=0.0001)
+            cost = LinearCost(base_s=rng.choice([0.01, 0.04]), prefill_token_s=0.0001)
             engines.append(SimulatedEngine(f"e{number}", info, clock, self.model, cost))
         return engines
 
@@ -152,12 +152,12 @@ class Scenario:
         rng = self.rng
         names = [engine.name for engine in self.engines]
         kinds = rng.sample(list(FaultKind), rng.randint(1, len(FaultKind)))
-        rate = rng.choice([0.0, 0.01, 0.05])
+        rate = rng.choice([0.0, 0.01, 0.03])
         return random_faults(
             self.seed,
             names,
-            until=rng.choice([1.0, 3.0, 10.0]),
-            count=rng.choice([0, 3, 10, 20]),
+            until=rng.choice([3.0, 10.0, 30.0]),
+            count=rng.choice([0, 5, 20, 40]),
             kinds=kinds,
             odds=dict.fromkeys(Mishap, rate),
         )

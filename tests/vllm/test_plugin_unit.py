@@ -12,6 +12,7 @@ import torch
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from vllm import SamplingParams
+from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 from vllm.v1.sample.logits_processor.builtin import MinTokensLogitsProcessor
 from vllm.v1.sample.ops.penalties import apply_all_penalties
@@ -418,12 +419,12 @@ class FakeClient:
         return self.tokenizer
 
 
-async def serve(client):
+async def serve(client, *, key=None):
     app = FastAPI()
     plugin = endpoints.SeerEndpoints()
     plugin.attach_router(app)
     await plugin.init_state(client, app.state, SimpleNamespace())
-    return TestClient(app)
+    return TestClient(app if key is None else AuthenticationMiddleware(app, [key]))
 
 
 def report(*capabilities, boot_id="b0"):
@@ -475,6 +476,11 @@ class TestEndpoints:
         answer = (await serve(client)).get("/v1/seer/tokenizer")
         assert answer.status_code == 404
         assert "not a fast one" in answer.json()["detail"]
+
+    async def test_vllm_s_api_key_guards_both_routes(self, tmp_path):
+        guarded = await serve(FakeClient([report()], tokenizer_folder=tmp_path), key="secret")
+        assert [guarded.get(f"/v1/seer/{route}").status_code for route in ("info", "tokenizer")] == [401, 401]
+        assert guarded.get("/v1/seer/info", headers={"Authorization": "Bearer secret"}).status_code == 200
 
     async def test_a_server_without_an_engine_says_so(self):
         assert (await serve(None)).get("/v1/seer/info").status_code == 503

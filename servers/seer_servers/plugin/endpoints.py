@@ -67,7 +67,7 @@ def _engine(request: Request) -> Engine:
 
 @router.get("/info")
 async def info(request: Request) -> dict[str, Any]:
-    """Describe the engine. `num_blocks` is null if the engine does not know it; lengths are in tokens."""
+    """Describe the engine. Lengths and `block_size` are in tokens; `num_blocks` sums data-parallel ranks."""
     engine = _engine(request)
     config = engine.client.vllm_config
     model, scheduler, cache = config.model_config, config.scheduler_config, config.cache_config
