@@ -47,7 +47,7 @@ from seer_async.text import TextStream, whole_text
 from seer_async.types import Chunk, ChunkReply
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from tokenizers import Tokenizer
 
@@ -112,10 +112,15 @@ class Core:
 
     def handle(self, event: Event, now: float) -> list[Command]:
         """Take in one event that happened at `now`; returns the commands to execute, in order."""
+        return self.handle_all([event], now)
+
+    def handle_all(self, events: Iterable[Event], now: float) -> list[Command]:
+        """Take in events of one moment before deciding anything: several engines that come up share the work at once."""
         self._now = now
         self._out = []
         if self.stopped is None:
-            self._take(event)
+            for event in events:
+                self._take(event)
             self._schedule()
             self._settle()
         return self._out

@@ -251,10 +251,8 @@ class Rollout:
             StorageError: The run folder cannot be written any more.
         """
         started = time.monotonic()
-        for prompt in self._folder.prompts:
-            self._shell.post(self._group(prompt))
-        for record in records:
-            self._shell.post(Restored(record=record, emitted=record.request in emitted))
+        self._shell.post(*(self._group(prompt) for prompt in self._folder.prompts))
+        self._shell.post(*(Restored(record=record, emitted=record.request in emitted) for record in records))
         self._shell.post(InputClosed())
         reason = "failed"
         try:

@@ -117,8 +117,7 @@ class Shell:
             StorageError: The run folder cannot be written any more; what is in it is whole.
         """
         async with asyncio.TaskGroup() as self._tasks:
-            for name, info in attached.items():
-                self.post(EngineUp(engine=name, info=info))
+            self.post(*(EngineUp(engine=name, info=info) for name, info in attached.items()))
             tasks = [self._tasks.create_task(self._monitor(name), name=f"monitor {name}") for name in self._clients]
             tasks += [self._tasks.create_task(self._report()), self._tasks.create_task(self._measure())]
             await asyncio.wait([self._stopped])
@@ -129,13 +128,13 @@ class Shell:
         self._report_once()
         return self._stopped.result()
 
-    def post(self, event: Event) -> None:
-        """Tell the core, and do what it says."""
+    def post(self, *events: Event) -> None:
+        """Tell the core what happened in this moment, and do what it says."""
         if self._stopped.done():
             return
         now = self._clock.now()
         try:
-            for command in self._core.handle(event, now):
+            for command in self._core.handle_all(events, now):
                 self._execute(command, now)
         except OSError as error:
             self._stopped.set_exception(

@@ -115,7 +115,7 @@ def rollout(
         int | None, typer.Option(help="Use only the first prompts of the dataset.", min=1, rich_help_panel=_OUTPUT)
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Run folder to create. [default: runs/<time>]", rich_help_panel=_OUTPUT)
+        Path | None, typer.Option(help="Run folder to create. [default: runs/TIME]", rich_help_panel=_OUTPUT)
     ] = None,
     resume: Annotated[
         Path | None, typer.Option(help="Go on with the interrupted run in this folder.", rich_help_panel=_OUTPUT)

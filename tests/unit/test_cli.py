@@ -1,0 +1,85 @@
+"""The command line: what is wrong is said in one sentence with the remedy, before any engine is started."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from seer_cli.main import main
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr("sys.argv", ["seer", *arguments])
+    try:
+        main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["-n", "0"], 2, "rollout.n must be at least 1"),
+        (["--set", "rollout.chunks=3"], 2, "unknown config key 'rollout.chunks'"),
+        (["--set", "n"], 2, "section.key=value"),
+        (["--policy", "best"], 2, "choose one of"),
+        (["--policy", "oracle"], 2, "scheduler.lengths=FILE"),
+        (["--set", "sampling.response_format={}"], 2, "does not survive a chunk border"),
+        (["--set", "scheduler.force_lengths=true"], 2, "lacks 'arith-001/0'"),
+        (["--display", "loud"], 2, "--display must be"),
+        (["none.jsonl"], 2, "cannot read dataset none.jsonl"),
+        (["--config", "none.toml"], 2, "cannot read config none.toml"),
+        (["--resume", "nowhere"], 5, "cannot be resumed"),
+        (["--resume", "nowhere", "-n", "3"], 2, "only engine options go with it"),
+    ],
+)
+def test_wrong_usage(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    arguments: list[str],
+    code: int,
+    says: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, "rollout", *arguments) == code
+    assert says in capsys.readouterr().err
+    assert run(monkeypatch, "rollout", "--json", *arguments) == code
+    answer = json.loads(capsys.readouterr().out)
+    assert says in answer["message"]
+    assert answer["exit_code"] == code
+    assert not (tmp_path / "runs").exists()
+
+
+def test_dry_run_shows_every_key_and_writes_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, "rollout", "--limit", "3", "-n", "4", "--stop", "a", "--stop", "b", "--dry-run", "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["groups"], plan["samples"]) == (3, 12)
+    assert plan["config"]["sampling"]["stop"] == ["a", "b"]
+    assert plan["config"]["engine"]["patience_s"] == 300.0
+    assert run(monkeypatch, "rollout", "--dry-run") == 0
+    assert "patience_s = 300.0" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_taken(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    assert run(monkeypatch, "rollout", "--dry-run", "--out", str(tmp_path)) == 5
+    assert "--resume" in capsys.readouterr().err
+    (tmp_path / "run.json").rename(tmp_path / "notes")
+    assert run(monkeypatch, "rollout", "--dry-run", "--out", str(tmp_path)) == 5
+    assert "not an empty folder" in capsys.readouterr().err
+
+
+def test_help_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "rollout", "--help") == 0
+    text = capsys.readouterr().out
+    for word in ("Exit codes", "--resume", "--policy", "samples.jsonl", "130"):
+        assert word in text
