@@ -56,7 +56,7 @@ CRASHED = "crashed"
 
 _MOST_EVENTS = 200_000  # of one orchestrator; more is a livelock
 _MOST_LIVES = 100
-_STALL_S = 900.0  # nothing is generated, recorded or emitted for so long: something has been forgotten
+_STALL_S = 60.0  # beyond all that an orchestrator may rightly wait for
 _DOWNTIME_S = 1.0
 
 
@@ -126,10 +126,11 @@ class World:
     def run(self) -> str:
         """One orchestrator, from its start to its end; returns its reason, or `CRASHED`."""
         self._start()
+        wait = 2 * self._config.engine.chunk_timeout_s + self._config.engine.patience_s + _STALL_S
         while self._ended is None:
             assert self.clock.step(), "nothing is due any more, and the run has not ended"
             assert self.events < _MOST_EVENTS, "the run is a livelock"
-            assert self.clock.now - self._moved_at < _STALL_S, f"nothing has moved since {self._moved_at:.1f} s"
+            assert self.clock.now < self._moved_at + wait, f"nothing was sent or recorded for {wait} s: what is forgotten?"
         for link in self._links.values():
             link.close()
         if self._alarm:
@@ -207,6 +208,7 @@ class World:
                 self._moved_at = self.clock.now
                 self._links[command.engine].send(command)
             case Record():
+                self._moved_at = self.clock.now
                 self.journal.append(command)
             case Cancel():
                 self._links[command.engine].cancel(command.call)

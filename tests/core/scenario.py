@@ -6,7 +6,7 @@ from typing import Any
 from seer_async.config import resolve
 from seer_async.core import Core
 from seer_async.events import GroupAdded
-from seer_async.policies import policy_names
+from seer_async.policies import find_policy, policy_names
 from seer_async.testing import (
     FaultKind,
     LinearCost,
@@ -89,6 +89,9 @@ class Scenario:
     def _tree(self) -> dict[str, Any]:
         rng = self.rng
         limit = max(group.limit for group in self.groups)
+        policy = POLICIES[self.seed % len(POLICIES)]
+        chunk_size = rng.choice([0, 3, 8, 20, 60])
+        whole = not chunk_size or not find_policy(policy).divided
         sampling: dict[str, Any] = {"max_tokens": limit, "logprobs": rng.choice([0, 0, 2])}
         if rng.random() < 0.3:
             sampling["min_tokens"] = rng.randint(0, min(limit, 20))
@@ -101,13 +104,13 @@ class Scenario:
             sampling["include_stop_str_in_output"] = rng.random() < 0.5
         return {
             "rollout": {
-                "chunk_size": rng.choice([0, 3, 8, 20, 60]),
+                "chunk_size": chunk_size,
                 "mixed_versions": rng.choice(["restart", "restart", "mark"]),
                 "max_attempts": rng.choice([2, 10]),
             },
             "sampling": sampling,
             "scheduler": {
-                "policy": POLICIES[self.seed % len(POLICIES)],
+                "policy": policy,
                 "probes": rng.choice([0, 1, 1, 2]),
                 "fairness": rng.choice([2, 8, 32]),
                 "affinity": rng.choice([0.0, 0.25, 2.0]),
@@ -115,7 +118,7 @@ class Scenario:
             "engine": {
                 "kv_fraction": rng.choice([1.0, 1.0, 0.8, 0.4]),
                 "max_in_flight": rng.choice([1, 3, 64]),
-                "chunk_timeout_s": rng.choice([3.0, 20.0]),
+                "chunk_timeout_s": 400.0 if whole else rng.choice([8.0, 30.0]),  # a queue of whole responses is slow
                 "patience_s": rng.choice([4.0, 60.0]),
                 "telemetry_s": rng.choice([0.3, 1.0]),
                 "eject_after": rng.randint(1, 3),
