@@ -178,10 +178,10 @@ class Request:
             logprobs=self.logprobs.tolist(),
             top_logprobs=self.top_logprobs or None,
             finish_reason=self.finish_reason or "error",
-            stop_reason=None if self.stop_reason is None else str(self.stop_reason),
-            error=self.error,
+            stop_reason="" if self.stop_reason is None else str(self.stop_reason),
+            error=self.error or "",
             seed=self.seed,
-            weight_version=self.version,
+            weight_version=self.version or "",
             on_policy=on_policy and not self.mixed,
             chunks=self.chunks,
             timings=Timings(

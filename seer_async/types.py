@@ -100,6 +100,9 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True):
 class Sample(msgspec.Struct, frozen=True, kw_only=True):
     """One line of samples.jsonl: self-contained, and of the same shape whether it succeeded or failed.
 
+    `stop_reason`, `error` and `weight_version` are empty where there is none: readers that infer a column's type from
+    the first lines (as `datasets` does) must not take it for a column of nulls.
+
     `finish_reason` is "stop", "length", "unfinished" (stopped early by an off-policy policy) or "error".
     `on_policy` is False when tokens of several weight versions were mixed, or when the policy that chose which samples
     to finish biases the set.
@@ -116,10 +119,10 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: list[float]
     top_logprobs: list[list[TopLogprob]] | None
     finish_reason: str
-    stop_reason: str | None
-    error: str | None
+    stop_reason: str
+    error: str
     seed: int
-    weight_version: str | None
+    weight_version: str
     on_policy: bool
     chunks: list[Chunk]
     timings: Timings

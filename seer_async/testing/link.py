@@ -163,7 +163,7 @@ class Link:
             self._replace()
         else:
             self._silent = 0
-            late = self._faults.mishap() is Mishap.LATE  # it may outlive the process it was taken from
+            late = self._faults.mishap() is not None  # it may outlive the process it was taken from
             self._deliver(EngineReport(engine=self.engine.name, stats=self._reading()), self._delay(late=late))
 
     def _try_attach(self) -> None:

@@ -29,7 +29,7 @@ class Response(msgspec.Struct, frozen=True):
     logprobs: list[float]
     top_logprobs: list[list[TopLogprob]] | None
     finish_reason: str
-    stop_reason: str | None
+    stop_reason: str
     text: str | None
 
 
@@ -88,7 +88,7 @@ class Reference:
         return self._worded(sample.prompt_token_ids, given, reason)
 
     def _whole(self, sample: Sample, limit: int, *, forced: bool) -> Generated:
-        version = sample.weight_version or ""
+        version = sample.weight_version
         if self._position_seeds:
             return self._generate(sample, sample.prompt_token_ids, version, 0, limit, forced=forced)
         whole = Generated([], [], "length", None)  # noise begins anew with each chunk: follow the sample's own cuts
@@ -140,6 +140,6 @@ class Reference:
             logprobs=logprobs,
             top_logprobs=alternatives(tokens, logprobs) or None if self._sampling.logprobs else None,
             finish_reason=given.finish_reason,
-            stop_reason=None if reason is None else str(reason),
+            stop_reason="" if reason is None else str(reason),
             text=text,
         )

@@ -154,15 +154,18 @@ class Scenario:
     def _faults(self):
         rng = self.rng
         names = [engine.name for engine in self.engines]
-        kinds = rng.sample(list(FaultKind), rng.randint(1, len(FaultKind)))
-        rate = rng.choice([0.0, 0.01, 0.03])
+        often = [FaultKind.KILL, FaultKind.PARTITION, FaultKind.SLOW, FaultKind.LIE, FaultKind.WEIGHTS]
+        kinds = rng.sample(often, rng.randint(1, len(often))) * 3 + rng.sample(list(FaultKind), 2)
+        odds = dict.fromkeys(Mishap, rng.choice([0.0, 0.01, 0.04]))
+        if self.config.engine.chunk_timeout_s > 100:
+            del odds[Mishap.HANG]  # it would only wait for the time-out
         return random_faults(
             self.seed,
             names,
-            until=rng.choice([3.0, 10.0, 30.0]),
+            until=rng.choice([2.0, 6.0, 15.0]),
             count=rng.choice([0, 5, 20, 40]),
             kinds=kinds,
-            odds=dict.fromkeys(Mishap, rate),
+            odds=odds,
         )
 
     def _lengths(self) -> dict[str, int]:

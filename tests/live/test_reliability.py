@@ -69,7 +69,7 @@ def assert_right(by_id: dict[str, dict[str, Any]], groups: int) -> None:
         assert sample["token_ids"] == tokens, sample["id"]
         assert sample["logprobs"] == pytest.approx(logprobs)
         assert sample["finish_reason"] == reason
-        assert sample["error"] is None
+        assert not sample["error"]
 
 
 async def test_engines_killed_at_random(tmp_path: Path) -> None:
