@@ -115,7 +115,7 @@ class Core:
         return self.handle_all([event], now)
 
     def handle_all(self, events: Iterable[Event], now: float) -> list[Command]:
-        """Take in events of one moment before deciding anything: several engines that come up share the work at once."""
+        """Take in events of one moment before deciding: engines that come up together share the work at once."""
         self._now = now
         self._out = []
         if self.stopped is None:

@@ -5,11 +5,14 @@ Invariants it holds the core to, over all its incarnations:
 - a `Dispatch` goes to an engine that is up, in its current epoch, continues exactly what is recorded, with tokens of one
   weight version, within the response's limit and the engine's KV room;
 - a call that is lost with its engine is cancelled at once, and nothing is known of it afterwards;
-- an `Emit` holds exactly what is recorded, and comes once.
+- an `Emit` holds exactly what is recorded, and comes once;
+- nobody gives up early or goes on for ever: a request fails after as many failures as allowed, a run ends for want of
+  engines only when there is a want.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -24,10 +27,12 @@ from seer_async.events import (
     Dispatch,
     Emit,
     EngineDown,
+    EngineReport,
     EngineUp,
     Event,
     GroupAdded,
     Record,
+    Stop,
 )
 from seer_async.policies import find_policy
 
@@ -49,15 +54,22 @@ class Account(msgspec.Struct):
     tokens: list[int] = []
     logprobs: list[float] = []
     chunks: int = 0
+    failures: int = 0  # in a row, by fault of engines
+    rejections: int = 0  # in a row
     versions: set[str] = msgspec.field(default_factory=set)
     finish_reason: str | None = None
 
 
 class Audit:
-    """Watches all incarnations of an orchestrator. `samples` are those that a run folder would hold."""
+    """Watches all incarnations of an orchestrator.
+
+    `samples` are those that a run folder would hold. `seen` counts what has happened, so that a test can make sure that it
+    tests what it means to.
+    """
 
     def __init__(self, config: Config, groups: Sequence[GroupAdded]) -> None:
         self.samples: dict[str, Sample] = {}
+        self.seen: Counter[str] = Counter()
         self.accounts = {f"{g.prompt.id}/{i}": Account(g) for g in groups for i in range(g.n)}
         self._config = config
         self._policy = find_policy(config.scheduler.policy)
@@ -69,6 +81,8 @@ class Audit:
         self._up: dict[str, EngineInfo] = {}
         self._epochs: dict[str, int] = {}
         self._busy_until: dict[str, float] = {}
+        self._troubled_at: dict[str, float] = dict.fromkeys(core.instances, 0.0)
+        self._rejected = False
         self._open: dict[int, Dispatch] = {}
         self._last_call = 0
         self._answered: tuple[Dispatch, ChunkReply] | None = None
@@ -81,11 +95,10 @@ class Audit:
         """Something happens."""
         self._answered = None
         self._blameless = None
+        self.seen[type(event).__name__] += 1
         match event:
-            case ChunkFinished() if dispatch := self._open.pop(event.call, None):
-                self._answered = dispatch, event.reply
-            case ChunkFailed() if dispatch := self._open.pop(event.call, None):
-                self._failed(event, dispatch.engine, now)
+            case ChunkFinished() | ChunkFailed():
+                self._outcome(event, self._open.pop(event.call, None), now)
             case EngineUp():
                 self._lose(event.engine)
                 self._up[event.engine] = event.info
@@ -94,14 +107,33 @@ class Audit:
             case EngineDown():
                 self._lose(event.engine)
                 self._up.pop(event.engine, None)
+            case EngineReport() if event.engine in self._up:
+                self.seen["stale EngineReport"] += event.stats.boot != self._up[event.engine].boot
             case _:
                 pass
 
-    def _failed(self, event: ChunkFailed, engine: str, now: float) -> None:
-        if event.kind is FailureKind.BUSY and event.retry_after:
-            self._busy_until[engine] = max(self._busy_until.get(engine, 0), now + event.retry_after)
+    def _outcome(self, event: ChunkFinished | ChunkFailed, dispatch: Dispatch | None, now: float) -> None:
+        if dispatch is None:
+            self.seen[f"stale {type(event).__name__}"] += 1
+        elif isinstance(event, ChunkFinished):
+            self._answered = dispatch, event.reply
+            self.seen["reply of two versions"] += len(event.reply.versions) > 1
+            self.seen["empty reply"] += not event.reply.token_ids
+        else:
+            self._failed(event, dispatch, now)
+
+    def _failed(self, event: ChunkFailed, dispatch: Dispatch, now: float) -> None:
+        self.seen[event.kind] += 1
+        account, engine = self.accounts[dispatch.request], dispatch.engine
+        self._troubled_at[engine] = now
+        if event.kind is FailureKind.BUSY:
+            self._busy_until[engine] = max(self._busy_until.get(engine, 0), now + (event.retry_after or 0))
         elif event.kind is FailureKind.REJECTED:
+            account.rejections += 1
+            self._rejected = True
             self._blameless = engine, self._health(engine)
+        else:
+            account.failures += 1
 
     def _health(self, engine: str) -> object:
         instance = self._core.instances[engine]
@@ -114,6 +146,7 @@ class Audit:
 
     def command(self, command: Command, now: float) -> None:
         """The orchestrator did something."""
+        self.seen[type(command).__name__] += 1
         match command:
             case Dispatch():
                 self._dispatch(command, now)
@@ -125,6 +158,8 @@ class Audit:
                 assert command.call in self._open, f"call {command.call} is cancelled, but not open"
                 del self._open[command.call]
                 self._lost.discard(command.call)
+            case Stop():
+                self._stop(command.reason, now)
             case _:
                 pass
 
@@ -132,6 +167,7 @@ class Audit:
         account = self.accounts[record.request]
         if record.chunk is None:
             self.accounts[record.request] = Account(account.group)
+            self.seen["restart"] += 1
             return
         assert self._answered, f"{record.request} is recorded without a reply to an open call"
         dispatch, reply = self._answered
@@ -148,6 +184,7 @@ class Audit:
         account.logprobs = account.logprobs + record.logprobs
         account.versions = account.versions | {chunk.weight_version}
         account.chunks += 1
+        account.failures = account.rejections = 0
         account.finish_reason = record.finish_reason
 
     def _emit(self, sample: Sample) -> None:
@@ -158,10 +195,15 @@ class Audit:
         recorded = account.finish_reason or sample.finish_reason
         assert sample.finish_reason == recorded, f"{sample.id} ends otherwise than recorded"
         assert account.finish_reason or sample.finish_reason not in KEPT, f"{sample.id} ends without a record"
+        if sample.finish_reason == "error":
+            hopeless = account.rejections or account.failures >= self._config.rollout.max_attempts
+            assert hopeless, f"{sample.id} is given up after {account.failures} failures"
+        self.seen[sample.finish_reason] += 1
         self.samples[sample.id] = sample
 
     def _dispatch(self, call: Dispatch, now: float) -> None:
         account = self.accounts[call.request]
+        assert account.failures < self._config.rollout.max_attempts, f"{call.request} should have been given up"
         assert call.call > self._last_call, f"call {call.call} is not new"
         self._last_call = call.call
         assert all(other.request != call.request for other in self._open.values()), f"{call.request} has two open calls"
@@ -195,6 +237,13 @@ class Audit:
         room = int((info.num_blocks - 1) * self._config.engine.kv_fraction)
         assert need <= room, f"{engine} has {room} KV blocks for us, its calls may need {need}"
         assert len(calls) <= (info.max_num_seqs or len(calls)), f"{engine} runs {len(calls)} calls"
+
+    def _stop(self, reason: str, now: float) -> None:
+        self.seen[f"Stop {reason}"] += 1
+        if reason != "no_engine" or self._rejected or len(self._up) < len(self._core.instances):
+            return
+        pauses = {name: max(at + self._config.engine.eject_max_s, self._busy_until.get(name, 0)) for name, at in self._troubled_at.items()}
+        assert any(now <= end for end in pauses.values()), "the run gives up although every engine is well"
 
     # When all commands of an event have been executed
 

@@ -8,13 +8,14 @@ command; the same seed gives the same events and commands, which `trace` digests
     world.finish()
     world.samples["group/0"]
 
-An orchestrator may die between any two commands. `finish` then starts another one on the same journal, and goes on until
-every response is a sample for good.
+An orchestrator may die between any two commands. `finish` then starts another one on the same journal, and goes on
+until every response is a sample for good.
 """
 
 from __future__ import annotations
 
 import random
+from functools import partial
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
 CRASHED = "crashed"
 """Why an orchestrator ended when it did not stop by itself."""
 
-_MOST_EVENTS = 200_000  # of one orchestrator; more is a livelock
+_MOST_EVENTS = 500_000  # more is a livelock
 _MOST_LIVES = 100
 _STALL_S = 60.0  # beyond all that an orchestrator may rightly wait for
 _DOWNTIME_S = 1.0
@@ -95,11 +96,12 @@ class World:
         self._links: dict[str, Link] = {}
         self._alarm: Timer | None = None
         self._ended: str | None = None
-        self._doomed = False
+        self._dies_at: int | None = None  # the event at which the orchestrator dies
+        self._calm = False
         self._moved_at = 0.0
         for engine in engines:
             engine.start()
-        self._timed = [clock.after(fault.at, lambda fault=fault: self._befall(fault)) for fault in self._faults.timed]
+        self._timed = [clock.after(fault.at, partial(self._befall, fault)) for fault in self._faults.timed]
 
     @property
     def samples(self) -> dict[str, Sample]:
@@ -118,6 +120,7 @@ class World:
         reason = self.run()
         while reason != "done" or not self._complete():
             assert self.lives < _MOST_LIVES, "the run is resumed again and again, and never ends"
+            assert reason == "done" or not self._calm, f"the run ends with {reason!r} in peace"
             if reason == "done":  # with samples that failed: they are tried again in peace
                 self.calm()
             self._sleep(_DOWNTIME_S)
@@ -130,7 +133,7 @@ class World:
         while self._ended is None:
             assert self.clock.step(), "nothing is due any more, and the run has not ended"
             assert self.events < _MOST_EVENTS, "the run is a livelock"
-            assert self.clock.now < self._moved_at + wait, f"nothing was sent or recorded for {wait} s: what is forgotten?"
+            assert self.clock.now < self._moved_at + wait, f"nothing was sent or recorded for {wait} s"
         for link in self._links.values():
             link.close()
         if self._alarm:
@@ -140,7 +143,6 @@ class World:
     def _start(self) -> None:
         """Begin a life: groups, then what the journal holds, then the end of input, then engines."""
         self.lives += 1
-        self.events = 0
         self._ended = None
         self._moved_at = self.clock.now
         emitted = {key for key, sample in self.samples.items() if sample.finish_reason in KEPT}
@@ -188,8 +190,8 @@ class World:
         self._note(event)
         self.audit.event(event, self.clock.now)
         commands = self.core.handle(event, self.clock.now)
-        if self._doomed:
-            self._doomed = False
+        if self.events == self._dies_at:
+            self._dies_at = None
             self._ended = CRASHED
             commands = commands[: self._rng.randint(0, len(commands))]
         for command in commands:
@@ -226,12 +228,14 @@ class World:
 
     # Faults
 
-    def crash(self) -> None:
-        """Let the orchestrator die at its next event, after some of the commands."""
-        self._doomed = True
+    def crash(self, events: int = 1) -> None:
+        """Let the orchestrator die at the `events`-th event from now, after some of the commands."""
+        self._dies_at = self.events + events
 
     def calm(self) -> None:
         """End all faults, and let no more happen."""
+        self._calm = True
+        self._dies_at = None
         self._faults.calm()
         for timer in self._timed:
             timer.cancel()
@@ -278,4 +282,4 @@ class World:
         version = f"v{len(self.versions)}"
         self.versions.add(version)
         for engine in self.engines.values():
-            self.clock.after(self._rng.uniform(0, within), lambda engine=engine: engine.update_weights(version))
+            self.clock.after(self._rng.uniform(0, within), partial(engine.update_weights, version))

@@ -424,7 +424,9 @@ async def serve(client, *, key=None):
     plugin = endpoints.SeerEndpoints()
     plugin.attach_router(app)
     await plugin.init_state(client, app.state, SimpleNamespace())
-    return TestClient(app if key is None else AuthenticationMiddleware(app, [key]))
+    if key is not None:
+        app.add_middleware(AuthenticationMiddleware, tokens=[key])
+    return TestClient(app)
 
 
 def report(*capabilities, boot_id="b0"):
