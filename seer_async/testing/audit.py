@@ -77,6 +77,8 @@ class Audit:
     def start(self, core: Core) -> None:
         """Another orchestrator takes over; it knows the journal and the final samples."""
         self.samples = {key: sample for key, sample in self.samples.items() if sample.finish_reason in KEPT}
+        for account in self.accounts.values():
+            account.failures = account.rejections = 0  # not in the journal
         self._core = core
         self._up: dict[str, EngineInfo] = {}
         self._epochs: dict[str, int] = {}
@@ -166,7 +168,7 @@ class Audit:
     def _record(self, record: Record) -> None:
         account = self.accounts[record.request]
         if record.chunk is None:
-            self.accounts[record.request] = Account(account.group)
+            self.accounts[record.request] = Account(account.group, failures=account.failures)
             self.seen["restart"] += 1
             return
         assert self._answered, f"{record.request} is recorded without a reply to an open call"

@@ -1,6 +1,10 @@
-"""A random rollout for each seed: fleet, groups, options, policy and faults."""
+"""A random rollout for each seed: fleet, groups, options, policy and faults.
+
+`python -m tests.core.scenario SEED...` runs some, and prints a digest of all events and commands of each.
+"""
 
 import random
+import sys
 from typing import Any
 
 from seer_async.config import resolve
@@ -176,3 +180,15 @@ class Scenario:
             request.id: self.model.length(request.group.prompt.token_ids or [], request.seed, "v0")
             for request in probe.buffer.requests.values()
         }
+
+
+def trace(seed: int) -> str:
+    """Digest of all events and commands of a scenario."""
+    scenario = Scenario(seed)
+    scenario.run()
+    return scenario.world.trace
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        print(trace(int(argument)))

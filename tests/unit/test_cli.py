@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
+
 from seer_cli.main import main
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -57,10 +61,10 @@ def test_dry_run_shows_every_key_and_writes_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run(monkeypatch, "rollout", "--limit", "3", "-n", "4", "--stop", "a", "--stop", "b", "--dry-run", "--json") == 0
+    assert run(monkeypatch, "rollout", "--limit", "3", "-n", "4", "--stop", "a", "--dry-run", "--json") == 0
     plan = json.loads(capsys.readouterr().out)
     assert (plan["groups"], plan["samples"]) == (3, 12)
-    assert plan["config"]["sampling"]["stop"] == ["a", "b"]
+    assert plan["config"]["sampling"]["stop"] == ["a"]
     assert plan["config"]["engine"]["patience_s"] == 300.0
     assert run(monkeypatch, "rollout", "--dry-run") == 0
     assert "patience_s = 300.0" in capsys.readouterr().out

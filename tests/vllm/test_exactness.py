@@ -6,6 +6,7 @@ that greedy and seeded runs do not drift apart.
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -57,8 +58,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", OPTIONS)
 async def test_chunk_size_does_not_matter(vllm_fleet: LocalFleet, tmp_path: Path, name: str) -> None:
     prompts = read_dataset(default_dataset(), 4)
-    runs = {}
-    for size in CHUNK_SIZES:
+
+    async def sampled(size: int) -> dict[str, Any]:
         tree = {
             "rollout": {"n": 2, "chunk_size": size},
             "sampling": {"max_tokens": MAX_TOKENS, "seed": 5} | OPTIONS[name],
@@ -66,7 +67,9 @@ async def test_chunk_size_does_not_matter(vllm_fleet: LocalFleet, tmp_path: Path
         }
         result = await roll(tmp_path / str(size), vllm_fleet.urls, prompts, tree)
         assert result.exit_code == 0
-        runs[size] = samples(tmp_path / str(size))
+        return samples(tmp_path / str(size))
+
+    runs = dict(zip(CHUNK_SIZES, await asyncio.gather(*map(sampled, CHUNK_SIZES)), strict=True))
     whole = runs[0]
     assert all(len(sample["chunks"]) == 1 for sample in whole.values())
     assert any(len(sample["chunks"]) > 3 for sample in runs[7].values())

@@ -1,0 +1,346 @@
+"""Each of these mistakes, planted in the core, is found by the checks of the fault tests within a few dozen seeds."""
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+
+import seer_async.core as core_module
+import seer_async.sampling as sampling_module
+from seer_async.buffer import RequestBuffer
+from seer_async.core import Core
+from seer_async.errors import FailureKind
+from seer_async.events import Cancel, Record
+from seer_async.instance import Instance
+from seer_async.request import Request
+
+from .scenario import Scenario
+
+MOST_SEEDS = 300
+
+PLANTS: list[Callable[[pytest.MonkeyPatch], None]] = []
+plant = PLANTS.append
+
+
+def before(patch: pytest.MonkeyPatch, owner: Any, name: str, extra: Callable[..., None]) -> None:
+    """Do `extra`, with the same arguments, before a method."""
+    original = getattr(owner, name)
+
+    def mutant(*args: Any) -> Any:
+        extra(*args)
+        return original(*args)
+
+    patch.setattr(owner, name, mutant)
+
+
+def after(patch: pytest.MonkeyPatch, owner: Any, name: str, extra: Callable[..., None]) -> None:
+    """Do `extra`, with the same arguments, after a method."""
+    original = getattr(owner, name)
+
+    def mutant(*args: Any) -> Any:
+        value = original(*args)
+        extra(*args)
+        return value
+
+    patch.setattr(owner, name, mutant)
+
+
+# Calls and replies
+
+
+@plant
+def late_reply_accepted(patch: pytest.MonkeyPatch) -> None:
+    """The fence of calls is gone: a reply to a call that was given up is taken for the request's latest."""
+    close = Core._close
+    ever: dict[tuple[int, int], Any] = {}
+
+    def mutant(self: Core, call_id: int) -> Any:
+        call = close(self, call_id)
+        if call is not None:
+            ever[id(self), call_id] = call
+        elif call := ever.get((id(self), call_id)):
+            if call.request.finish_reason or call.request.call is None:
+                return None
+            close(self, call.request.call)
+            call.generated, call.n = call.request.generated, len(call.request.chunks)
+        return call
+
+    patch.setattr(Core, "_close", mutant)
+
+
+@plant
+def calls_survive_their_epoch(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Instance, "lost", lambda self, reason: setattr(self, "up", False) or [])
+
+
+@plant
+def epoch_not_counted(patch: pytest.MonkeyPatch) -> None:
+    after(patch, Instance, "start_epoch", lambda self, info: setattr(self, "epoch", 1))
+
+
+@plant
+def lost_call_not_cancelled(patch: pytest.MonkeyPatch) -> None:
+    def extra(self: Core, name: str, reason: str) -> None:
+        self._out[:] = [command for command in self._out if not isinstance(command, Cancel)]
+
+    after(patch, Core, "_engine_down", extra)
+
+
+@plant
+def dispatched_twice(patch: pytest.MonkeyPatch) -> None:
+    """A request that comes back after a failure is queued twice."""
+    dispatch = Core._dispatch
+
+    def mutant(self: Core, request: Request, instance: Instance, tokens: int) -> None:
+        again = request.failures > 0
+        dispatch(self, request, instance, tokens)
+        if again:
+            dispatch(self, request, instance, tokens)
+
+    patch.setattr(Core, "_dispatch", mutant)
+
+
+@plant
+def stale_report_accepted(patch: pytest.MonkeyPatch) -> None:
+    observe = Core._observe
+
+    def mutant(self: Core, event: Any) -> None:
+        instance = self.instances[event.engine]
+        if instance.up and instance.info:
+            epoch = instance.info
+            instance.info = msgspec.structs.replace(epoch, boot=event.stats.boot)
+            observe(self, event)
+            instance.info = epoch
+
+    patch.setattr(Core, "_observe", mutant)
+
+
+# Room and health
+
+
+@plant
+def room_leaks_with_a_lost_engine(patch: pytest.MonkeyPatch) -> None:
+    before(patch, Instance, "lost", lambda self, reason: setattr(self, "leak", self.reserved))
+    after(patch, Instance, "lost", lambda self, reason: setattr(self, "reserved", self.leak))
+
+
+@plant
+def room_leaks_on_cancel(patch: pytest.MonkeyPatch) -> None:
+    def mutant(self: Core) -> None:
+        for call in list(self.calls.values()):
+            self._out.append(Cancel(call=call.id, engine=call.instance.name))
+            del self.calls[call.id]
+            self._put_back(call.request)
+
+    patch.setattr(Core, "_cancel_all", mutant)
+
+
+@plant
+def kv_room_ignored(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Instance, "has_room", lambda self, tokens: len(self.in_flight) < self.slots)
+
+
+@plant
+def rejection_blamed_on_the_engine(patch: pytest.MonkeyPatch) -> None:
+    def extra(self: Core, event: Any) -> None:
+        if event.kind is FailureKind.REJECTED and (call := self.calls.get(event.call)):
+            call.instance.failed("4xx", self._now)
+
+    before(patch, Core, "_chunk_failed", extra)
+
+
+@plant
+def pause_ignored(patch: pytest.MonkeyPatch) -> None:
+    """Retry-After is not honoured."""
+    patch.setattr(Instance, "close_for", lambda self, seconds, now: None)
+
+
+@plant
+def busy_counts_as_failure(patch: pytest.MonkeyPatch) -> None:
+    failed = Core._chunk_failed
+
+    def mutant(self: Core, event: Any) -> None:
+        busy = event.kind is FailureKind.BUSY
+        failed(self, msgspec.structs.replace(event, kind=FailureKind.SERVER) if busy else event)
+
+    patch.setattr(Core, "_chunk_failed", mutant)
+
+
+@plant
+def attempts_without_end(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Core, "_hopeless", lambda self, request: False)
+
+
+@plant
+def never_woken(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Core, "_wake_when_needed", lambda self: None)
+
+
+@plant
+def parked_request_forgotten(patch: pytest.MonkeyPatch) -> None:
+    unpark = RequestBuffer.unpark
+    patch.setattr(RequestBuffer, "unpark", lambda self, requests=None: requests and unpark(self, requests))
+
+
+# Tokens
+
+
+@plant
+def tokens_appended_twice(patch: pytest.MonkeyPatch) -> None:
+    after(patch, Request, "accept", lambda self, reply, chunk: self.tokens.extend(reply.token_ids[-1:]))
+
+
+@plant
+def chunk_accepted_twice(patch: pytest.MonkeyPatch) -> None:
+    """Tokens, logprobs and count agree with each other, but with nothing else."""
+
+    def extra(self: Request, reply: Any, chunk: Any) -> None:
+        if chunk.n == 1:
+            self.tokens.extend(reply.token_ids)
+            self.logprobs.extend(reply.logprobs)
+            self.generated += chunk.tokens
+            self.chunks[-1] = msgspec.structs.replace(chunk, tokens=2 * chunk.tokens)
+
+    after(patch, Request, "accept", extra)
+
+
+@plant
+def restart_keeps_logprobs(patch: pytest.MonkeyPatch) -> None:
+    restart = Request.restart
+
+    def mutant(self: Request) -> None:
+        logprobs = self.logprobs
+        restart(self)
+        self.logprobs = logprobs
+
+    patch.setattr(Request, "restart", mutant)
+
+
+@plant
+def limit_ignored(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(
+        Core, "_chunk_bound", lambda self, request: self.config.rollout.chunk_size or request.group.limit
+    )
+
+
+@plant
+def stop_string_cut_off_by_one(patch: pytest.MonkeyPatch) -> None:
+    truncated = core_module._truncated
+    patch.setattr(core_module, "_truncated", lambda reply, tokens: truncated(reply, tokens - 1))
+
+
+@plant
+def stop_string_of_the_engine_believed(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(core_module, "_ended_by_token", lambda reply: reply.finish_reason == "stop")
+
+
+@plant
+def end_of_chunk_ends_the_response(patch: pytest.MonkeyPatch) -> None:
+    ending = Core._ending
+
+    def mutant(self: Core, request: Request, reply: Any) -> Any:
+        return ("length", None) if reply.finish_reason == "length" else ending(self, request, reply)
+
+    patch.setattr(Core, "_ending", mutant)
+
+
+@plant
+def min_tokens_of_each_chunk(patch: pytest.MonkeyPatch) -> None:
+    params = core_module.call_params
+
+    def mutant(sampling: Any, **options: Any) -> dict[str, Any]:
+        return params(sampling, **options) | {"min_tokens": sampling.min_tokens}
+
+    patch.setattr(core_module, "call_params", mutant)
+
+
+@plant
+def seed_of_each_chunk_the_same(patch: pytest.MonkeyPatch) -> None:
+    """Engines that draw noise anew for each call would repeat the noise of the chunk before."""
+    patch.setattr(sampling_module, "chunk_seed", lambda seed, generated, position_seeds: seed)
+
+
+# Weight versions
+
+
+@plant
+def mixed_reply_accepted(patch: pytest.MonkeyPatch) -> None:
+    version_of = Core._version_of
+    patch.setattr(Core, "_version_of", lambda self, call, reply: (version_of(self, call, reply)[0], False))
+
+
+@plant
+def continued_on_other_weights(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Core, "_version_fits", lambda self, request, instance: True)
+
+
+# Journal and resuming
+
+
+@plant
+def record_skipped(patch: pytest.MonkeyPatch) -> None:
+    def extra(self: Core, event: Any) -> None:
+        self._out[:] = [c for c in self._out if not (isinstance(c, Record) and c.chunk and c.chunk.n == 2)]
+
+    after(patch, Core, "_chunk_finished", extra)
+
+
+@plant
+def restart_not_recorded(patch: pytest.MonkeyPatch) -> None:
+    def extra(self: Core, request: Request) -> None:
+        self._out.pop()
+
+    after(patch, Core, "_restart", extra)
+
+
+@plant
+def record_after_dispatch(patch: pytest.MonkeyPatch) -> None:
+    handle = Core.handle
+    patch.setattr(
+        Core, "handle", lambda self, event, now: sorted(handle(self, event, now), key=lambda c: isinstance(c, Record))
+    )
+
+
+@plant
+def emitted_again_on_resume(patch: pytest.MonkeyPatch) -> None:
+    restore = Core._restore
+    patch.setattr(Core, "_restore", lambda self, event: restore(self, msgspec.structs.replace(event, emitted=False)))
+
+
+@plant
+def chunk_forgotten_on_resume(patch: pytest.MonkeyPatch) -> None:
+    restore = Core._restore
+
+    def mutant(self: Core, event: Any) -> None:
+        if event.record.chunk is None or event.record.chunk.n == 0:
+            restore(self, event)
+
+    patch.setattr(Core, "_restore", mutant)
+
+
+@plant
+def mark_forgotten_on_resume(patch: pytest.MonkeyPatch) -> None:
+    restore = Core._restore
+
+    def mutant(self: Core, event: Any) -> None:
+        restore(self, msgspec.structs.replace(event, record=msgspec.structs.replace(event.record, mixed=False)))
+
+    patch.setattr(Core, "_restore", mutant)
+
+
+@pytest.mark.parametrize("planted", PLANTS, ids=lambda planted: planted.__name__)
+def test_planted_bug_is_found(planted: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    planted(monkeypatch)
+    for seed in range(MOST_SEEDS):
+        try:
+            Scenario(seed).run()
+        except Exception as error:  # noqa: BLE001 - a planted bug may break anything
+            print(f"found by seed {seed}: {type(error).__name__}: {str(error)[:200]}")
+            return
+    pytest.fail(f"{MOST_SEEDS} seeds do not find it")
+
+
+def test_these_seeds_find_nothing_in_the_core_itself() -> None:
+    for seed in range(60):
+        Scenario(seed).run()
