@@ -26,7 +26,7 @@ TOKENS = st.lists(st.integers(0, 31_999), min_size=1, max_size=40)
     ignore_eos=st.booleans(),
     stop_token_ids=st.sets(st.integers(3, 40), max_size=20),
 )
-def test_any_chunking_gives_the_undivided_response(  # noqa: PLR0917 - hypothesis passes them by name
+def test_any_chunking_gives_the_undivided_response(
     prompt, seed, max_tokens, cuts, min_tokens, ignore_eos, stop_token_ids
 ):
     model = LanguageModel(mean_length=30, vocab_size=259)
