@@ -9,10 +9,7 @@ import pytest
 pytest.importorskip("vllm", reason="the plug-in runs inside vLLM")
 
 import torch
-from fastapi import FastAPI
-from fastapi.testclient import TestClient
 from vllm import SamplingParams
-from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 from vllm.v1.sample.logits_processor.builtin import MinTokensLogitsProcessor
 from vllm.v1.sample.ops.penalties import apply_all_penalties
@@ -23,7 +20,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 import seer_servers.plugin
-from seer_servers.plugin import continuation, endpoints, patching, seeds, worker
+from seer_servers.plugin import continuation, patching, seeds, worker
 from seer_servers.plugin.marker import original_prompt_len
 
 VOCAB = 64
@@ -381,108 +378,3 @@ class TestInstallation:
         monkeypatch.setattr(worker, "hook", lambda: 1 / 0)
         seer_servers.plugin.register()
         assert "stays off" in caplog.text
-
-
-class FakeClient:
-    """An engine client with one worker per report."""
-
-    def __init__(self, reports, *, tokenizer_folder, tokenizer=None):
-        self.reports = reports
-        self.tokenizer = tokenizer
-        model = SimpleNamespace(
-            served_model_name=["tiny", "alias"],
-            model="/models/tiny",
-            tokenizer=str(tokenizer_folder),
-            skip_tokenizer_init=False,
-            max_model_len=2048,
-            dtype=torch.bfloat16,
-            logprobs_mode="raw_logprobs",
-            get_vocab_size=lambda: VOCAB,
-        )
-        self.vllm_config = SimpleNamespace(
-            model_config=model,
-            scheduler_config=SimpleNamespace(max_num_seqs=8, max_num_batched_tokens=512),
-            cache_config=SimpleNamespace(block_size=32, num_gpu_blocks=99),
-            use_v2_model_runner=False,
-        )
-
-    async def collective_rpc(self, method):
-        assert method == "seer_support"
-        if isinstance(self.reports, Exception):
-            raise self.reports
-        return self.reports
-
-    async def get_weight_version(self):
-        return "7"
-
-    def get_tokenizer(self):
-        return self.tokenizer
-
-
-async def serve(client, *, key=None):
-    app = FastAPI()
-    plugin = endpoints.SeerEndpoints()
-    plugin.attach_router(app)
-    await plugin.init_state(client, app.state, SimpleNamespace())
-    if key is not None:
-        app.add_middleware(AuthenticationMiddleware, tokens=[key])
-    return TestClient(app)
-
-
-def report(*capabilities, boot_id="b0"):
-    return {"boot_id": boot_id, "runner": "v1", "capabilities": list(capabilities)}
-
-
-class TestEndpoints:
-    async def test_info(self, tmp_path):
-        reports = [report("position_seeds", "continuation"), report("continuation", boot_id="b1")]
-        answer = (await serve(FakeClient(reports, tokenizer_folder=tmp_path))).get("/v1/seer/info").json()
-        assert answer.pop("seer")
-        assert answer == {
-            "vllm": "0.32.0",
-            "model": "tiny",
-            "root": "/models/tiny",
-            "max_model_len": 2048,
-            "max_num_seqs": 8,
-            "max_num_batched_tokens": 512,
-            "block_size": 32,
-            "num_blocks": 99,
-            "dtype": "bfloat16",
-            "vocab_size": VOCAB,
-            "logprobs_mode": "raw_logprobs",
-            "weight_version": "7",
-            "boot_id": "b0",
-            "runner": "v1",
-            "capabilities": ["continuation"],
-        }
-
-    async def test_workers_without_the_plug_in_have_no_capability(self, tmp_path):
-        client = FakeClient(RuntimeError("no attribute seer_support"), tokenizer_folder=tmp_path)
-        answer = (await serve(client)).get("/v1/seer/info").json()
-        assert answer["capabilities"] == []
-        assert answer["boot_id"]
-
-    async def test_tokenizer_file(self, tmp_path):
-        (tmp_path / "tokenizer.json").write_bytes(b'{"a": 1}')
-        answer = (await serve(FakeClient([report()], tokenizer_folder=tmp_path))).get("/v1/seer/tokenizer")
-        assert (answer.status_code, answer.content) == (200, b'{"a": 1}')
-
-    async def test_tokenizer_without_a_file(self, tmp_path):
-        fast = SimpleNamespace(backend_tokenizer=SimpleNamespace(to_str=lambda: '{"b": 2}'))
-        client = FakeClient([report()], tokenizer_folder=tmp_path, tokenizer=fast)
-        answer = (await serve(client)).get("/v1/seer/tokenizer")
-        assert (answer.status_code, answer.json()) == (200, {"b": 2})
-
-    async def test_a_slow_tokenizer_is_refused_in_words(self, tmp_path):
-        client = FakeClient([report()], tokenizer_folder=tmp_path, tokenizer=SimpleNamespace())
-        answer = (await serve(client)).get("/v1/seer/tokenizer")
-        assert answer.status_code == 404
-        assert "not a fast one" in answer.json()["detail"]
-
-    async def test_vllm_s_api_key_guards_both_routes(self, tmp_path):
-        guarded = await serve(FakeClient([report()], tokenizer_folder=tmp_path), key="secret")
-        assert [guarded.get(f"/v1/seer/{route}").status_code for route in ("info", "tokenizer")] == [401, 401]
-        assert guarded.get("/v1/seer/info", headers={"Authorization": "Bearer secret"}).status_code == 200
-
-    async def test_a_server_without_an_engine_says_so(self):
-        assert (await serve(None)).get("/v1/seer/info").status_code == 503

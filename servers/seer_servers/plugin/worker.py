@@ -54,7 +54,7 @@ def _succeeds(name: str, install: Callable[[], None]) -> bool:
             raise UnsupportedVllmError(f"this is vLLM {vllm.__version__}")  # noqa: TRY301 - one way to say no
         install()
     except Exception as error:  # noqa: BLE001 - whatever it is, the engine starts without the capability
-        logger.warning("Seer capability %s is off: %s. Install vllm==0.32.0 to have it.", name, error)
+        logger.warning("Seer capability %s is off: %s. Install vLLM 0.32.0 to have it.", name, error)
         return False
     return True
 
