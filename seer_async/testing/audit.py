@@ -2,8 +2,8 @@
 
 Invariants it holds the core to, over all its incarnations:
 - a `Record` answers a reply to an open call, and holds that reply's tokens, up to a stop string;
-- a `Dispatch` goes to an engine that is up, in its current epoch, continues exactly what is recorded, with tokens of one
-  weight version, within the response's limit and the engine's KV room;
+- a `Dispatch` goes to an engine that is up, in its current epoch, continues exactly what is recorded, with tokens of
+  one   weight version, within the response's limit and the engine's KV room;
 - a call that is lost with its engine is cancelled at once, and nothing is known of it afterwards;
 - an `Emit` holds exactly what is recorded, and comes once;
 - nobody gives up early or goes on for ever: a request fails after as many failures as allowed, a run ends for want of
@@ -63,8 +63,8 @@ class Account(msgspec.Struct):
 class Audit:
     """Watches all incarnations of an orchestrator.
 
-    `samples` are those that a run folder would hold. `seen` counts what has happened, so that a test can make sure that it
-    tests what it means to.
+    `samples` are those that a run folder would hold. `seen` counts what has happened, so that a test can make sure that
+    it     tests what it means to.
     """
 
     def __init__(self, config: Config, groups: Sequence[GroupAdded]) -> None:
@@ -244,7 +244,10 @@ class Audit:
         self.seen[f"Stop {reason}"] += 1
         if reason != "no_engine" or self._rejected or len(self._up) < len(self._core.instances):
             return
-        pauses = {name: max(at + self._config.engine.eject_max_s, self._busy_until.get(name, 0)) for name, at in self._troubled_at.items()}
+        pauses = {
+            name: max(at + self._config.engine.eject_max_s, self._busy_until.get(name, 0))
+            for name, at in self._troubled_at.items()
+        }
         assert any(now <= end for end in pauses.values()), "the run gives up although every engine is well"
 
     # When all commands of an event have been executed
@@ -259,5 +262,5 @@ class Audit:
             assert health == self._health(engine), f"{engine} is blamed for a call that it was right to reject"
         for instance in core.instances.values():
             if instance.up and instance.stats is not None and instance.info is not None:
-                assert instance.stats.boot == instance.info.boot, f"a reading of another process is taken for {instance.name}"
+                assert instance.stats.boot == instance.info.boot, f"a foreign reading is taken for {instance.name}"
         invariants.check(core)

@@ -1,7 +1,7 @@
 """A simulated engine: continuous batching, KV memory, preemption, prefix cache, weight versions; on a virtual clock.
 
-Invariants: all running calls gain a token per step, and a step takes as long as the cost model says for that batch; what
-runs and what is cached never exceed the KV memory; a killed engine answers nothing that it was asked before.
+Invariants: all running calls gain a token per step, and a step takes as long as the cost model says for that batch;
+what runs and what is cached never exceed the KV memory; a killed engine answers nothing that it was asked before.
 
 Nothing loops over steps. The engine counts steps as a real number, a call ends when the count reaches its target, and
 the count moves on only when something happens. KV is counted in tokens, without rounding to blocks.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -21,8 +22,6 @@ from seer_async.testing.model import Generated, Model, absorb
 from seer_async.types import ChunkReply, EngineInfo, EngineStats, TopLogprob, VersionSpan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
     from seer_async.testing.clock import Timer, VirtualClock
 
 _EPS = 1e-6  # steps; two targets this close are reached together

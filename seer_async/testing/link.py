@@ -35,7 +35,7 @@ _HEAL_CHECK_S = 0.2
 class Link:
     """One orchestrator's connection to one engine; `post` tells that orchestrator, its `incarnation`-th."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - one caller, which names none of them twice
         self,
         engine: SimulatedEngine,
         incarnation: int,
@@ -136,7 +136,8 @@ class Link:
         if self.engine.partitioned:
             self._deliver(event, _HEAL_CHECK_S)
         elif isinstance(event, ChunkFinished) and not event.reply.versions:
-            reply = msgspec.structs.replace(event.reply, version_after=self.engine.version)  # read now, as the client does
+            # Read now, as the client does.
+            reply = msgspec.structs.replace(event.reply, version_after=self.engine.version)
             self._post(ChunkFinished(call=event.call, reply=reply))
         else:
             self._post(event)

@@ -113,7 +113,7 @@ def _number(*parts: int | str) -> int:
 
 
 @lru_cache(maxsize=65_536)
-def _log_normal(prompt: int, seed: int, version: str, mean: float, sigma: float, correlation: float) -> int:
+def _log_normal(prompt: int, seed: int, version: str, mean: float, sigma: float, correlation: float) -> int:  # noqa: PLR0917 - a formula
     shared = _normal("group", prompt) * math.sqrt(correlation)
     own = _normal("response", prompt, seed, version) * math.sqrt(1 - correlation)
     return max(1, round(mean * math.exp(sigma * (shared + own) - sigma**2 / 2)))

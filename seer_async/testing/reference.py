@@ -11,6 +11,7 @@ from seer_async.sampling import chunk_seed
 from seer_async.testing.engine import alternatives
 from seer_async.testing.model import Generated, Model
 from seer_async.text import TextStream
+from seer_async.types import TopLogprob
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from seer_async.events import GroupAdded
     from seer_async.sampling import Sampling
-    from seer_async.types import Sample, TopLogprob
+    from seer_async.types import Sample
 
 
 class Response(msgspec.Struct, frozen=True):

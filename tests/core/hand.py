@@ -32,7 +32,9 @@ PROMPT = [1, 2, 3]
 class Hand:
     """`sent` are the calls in flight, in order; `samples`, `records`, `wakes` and `stopped` what the core has said."""
 
-    def __init__(self, *engines: str, tokenizer: Any = None, lengths: dict[str, int] | None = None, **tree: Any) -> None:
+    def __init__(
+        self, *engines: str, tokenizer: Any = None, lengths: dict[str, int] | None = None, **tree: Any
+    ) -> None:
         self.core = Core(resolve(tree), engines or ("a",), run="r", seed=1, tokenizer=tokenizer, lengths=lengths)
         self.now = 0.0
         self.sent: list[Dispatch] = []
@@ -65,16 +67,18 @@ class Hand:
 
     # Events
 
-    def groups(self, *ids: str, n: int = 1, limit: int = 100, **options: Any) -> "Hand":
+    def groups(self, *ids: str, n: int = 1, limit: int = 100, prompt: list[int] = PROMPT, **options: Any) -> "Hand":
         for name in ids:
-            self.post(GroupAdded(prompt=Prompt(id=name, token_ids=PROMPT), n=n, limit=limit, **options))
+            self.post(GroupAdded(prompt=Prompt(id=name, token_ids=prompt), n=n, limit=limit, **options))
         return self
 
     def close(self) -> "Hand":
         self.post(InputClosed())
         return self
 
-    def up(self, *engines: str, blocks: int = 1000, seqs: int | None = None, version: str = "v", boot: str = "") -> "Hand":
+    def up(
+        self, *engines: str, blocks: int = 1000, seqs: int | None = None, version: str = "v", boot: str = ""
+    ) -> "Hand":
         """Blocks of 10 tokens; one of them is the engine's own."""
         for name in engines or self.core.instances:
             info = EngineInfo(

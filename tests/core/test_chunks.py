@@ -2,6 +2,7 @@
 
 import pytest
 
+from seer_async.events import Restored
 from seer_async.sampling import chunk_seed
 
 from .hand import PROMPT, Hand
@@ -105,13 +106,13 @@ def spell(text: str) -> list[int]:
 
 def stopping(stop: list[str], **sampling: object) -> Hand:
     tokenizer = byte_level_tokenizer()
-    return Hand(tokenizer=tokenizer, sampling={"stop": stop, **sampling}, **TENS).up().groups("g")
+    return Hand(tokenizer=tokenizer, sampling={"stop": stop, **sampling}, **TENS).groups("g", prompt=spell("ba "))
 
 
 @pytest.mark.parametrize("cut", range(1, 7))
 def test_a_stop_string_over_a_chunk_border_is_found(cut: int) -> None:
     tokens = spell("ab€ba")  # 7 tokens: the stop string is complete with the sixth
-    hand = stopping(["b€b"])
+    hand = stopping(["b€b"]).up()
     hand.answer("g/0", token_ids=tokens[:cut], finish="abort")
     if cut < 6:
         hand.answer("g/0", token_ids=tokens[cut:])
@@ -123,30 +124,28 @@ def test_a_stop_string_over_a_chunk_border_is_found(cut: int) -> None:
 
 
 def test_the_stop_string_is_shown_when_asked_for() -> None:
-    hand = stopping(["b€"], include_stop_str_in_output=True)
+    hand = stopping(["b€"], include_stop_str_in_output=True).up()
     hand.answer("g/0", token_ids=spell("ab€ba"))
     assert hand.samples["g/0"].text == "ab€"
 
 
 def test_the_first_stop_string_to_be_complete_counts() -> None:
-    hand = stopping(["bab", "a "])
+    hand = stopping(["bab", "a "]).up()
     hand.answer("g/0", token_ids=spell("ba bab"))
     assert hand.samples["g/0"].stop_reason == "a "
 
 
 def test_a_stop_string_before_min_tokens_is_none() -> None:
-    hand = stopping(["b"], min_tokens=3)
+    hand = stopping(["b"], min_tokens=3).up()
     hand.answer("g/0", token_ids=spell("abab"))
     assert hand.samples["g/0"].text == "aba"
     assert len(hand.samples["g/0"].token_ids) == 4
 
 
 def test_a_resumed_response_still_knows_the_text_before() -> None:
-    from seer_async.events import Restored
-
-    first = stopping(["b€b"])
+    first = stopping(["b€b"]).up()
     first.answer("g/0", token_ids=spell("ab€")[:4], finish="abort")  # in the middle of the character
-    hand = Hand(tokenizer=byte_level_tokenizer(), sampling={"stop": ["b€b"]}, **TENS).groups("g")
+    hand = stopping(["b€b"])
     for record in first.records:
         hand.post(Restored(record=record))
     hand.up().answer("g/0", token_ids=spell("ab€ba")[4:])
@@ -154,7 +153,15 @@ def test_a_resumed_response_still_knows_the_text_before() -> None:
 
 
 def test_the_ending_token_has_no_text() -> None:
-    hand = stopping([])
+    hand = stopping([]).up()
     hand.answer("g/0", token_ids=[*spell("ab"), 0], finish="stop")
     assert hand.samples["g/0"].text == "ab"
     assert hand.samples["g/0"].token_ids[-1] == 0
+
+
+def test_a_prompt_that_ends_inside_a_character_stays_out_of_the_text() -> None:
+    tokenizer = byte_level_tokenizer()
+    hand = Hand(tokenizer=tokenizer, **TENS).up().groups("g", prompt=[*spell("ab"), *spell("€")[:2]])
+    hand.answer("g/0", token_ids=[*spell("ba"), 0], finish="stop")
+    assert "ba" in hand.samples["g/0"].text
+    assert "ab" not in hand.samples["g/0"].text

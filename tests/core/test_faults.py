@@ -1,4 +1,4 @@
-"""Random rollouts under random faults: every response comes out exactly once, and exactly as one undivided call gives it.
+"""Random rollouts under random faults: each response comes out once, and exactly as one undivided call gives it.
 
 Invariants and audit are checked after every event. `SEER_SEEDS=10000` runs more; `python -m tests.core.scenario SEED`
 repeats one.
@@ -9,13 +9,16 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from seer_async.errors import FailureKind
-from seer_async.testing import World
 
 from .scenario import POLICIES, Scenario, trace
+
+if TYPE_CHECKING:
+    from seer_async.testing import World
 
 SEEDS = int(os.environ.get("SEER_SEEDS", "300"))
 SECONDS_PER_SEED = 2  # on a machine that does much else
@@ -62,7 +65,8 @@ def test_random_rollouts_under_random_faults() -> None:
         assert [key for key in [*MUST_HAPPEN, *POLICIES] if not seen[key]] == []
 
 
-@pytest.mark.parametrize("seed", [7, 19])  # `oracle` in peace, `seer` under faults, with weight changes and stop strings
+# `oracle` in peace; `seer` under faults, with weight changes and stop strings
+@pytest.mark.parametrize("seed", [7, 19])
 def test_the_orchestrator_may_die_at_any_event(seed: int) -> None:
     whole = Scenario(seed)
     whole.run()

@@ -219,9 +219,7 @@ def restart_keeps_logprobs(patch: pytest.MonkeyPatch) -> None:
 
 @plant
 def limit_ignored(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(
-        Core, "_chunk_bound", lambda self, request: self.config.rollout.chunk_size or request.group.limit
-    )
+    patch.setattr(Core, "_chunk_bound", lambda self, request: self.config.rollout.chunk_size or request.group.limit)
 
 
 @plant

@@ -165,7 +165,7 @@ def test_oracle_takes_what_has_most_left() -> None:
 
 
 def test_oracle_without_lengths_says_what_to_give() -> None:
-    with pytest.raises(ConfigError, match="scheduler.lengths"):
+    with pytest.raises(ConfigError, match=r"scheduler\.lengths"):
         find_policy("oracle")(SchedulerConfig(policy="oracle"), Context())
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from seer_async.events import ChunkFinished
 from seer_async.types import ChunkReply, VersionSpan
 
 from .hand import Hand
@@ -38,8 +39,6 @@ def test_when_no_engine_has_its_version_any_more_it_begins_again() -> None:
 
 def mixed_reply(hand: Hand, request: str) -> None:
     call = hand.take(request)
-    from seer_async.events import ChunkFinished
-
     spans = (VersionSpan("v1", 0, 4), VersionSpan("v2", 4, 10))
     reply = ChunkReply(token_ids=[7] * 10, logprobs=[-1.0] * 10, finish_reason="length", versions=spans)
     hand.post(ChunkFinished(call=call.call, reply=reply))

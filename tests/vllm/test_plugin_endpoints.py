@@ -9,8 +9,9 @@ pytest.importorskip("vllm", reason="the plug-in runs inside vLLM")
 import torch
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from seer_servers.plugin import endpoints
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+
+from seer_servers.plugin import endpoints
 
 VOCAB = 64
 
