@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from seer_async.sampling import Sampling
 
+_UNFINISHED = "\ufffd"
 _PRIMING_TOKENS = 32  # enough prompt to settle a leading space; a whole prompt would cost O(prompt) per sample
 
 
@@ -50,6 +51,8 @@ class TextStream:
 
     def _new_decoder(self, prompt_token_ids: Sequence[int]) -> DecodeStream:
         primer = list(prompt_token_ids[-_PRIMING_TOKENS:])
+        if self._tokenizer.decode(primer).endswith(_UNFINISHED):
+            primer = []  # a prompt that ends inside a character would come out again with the character's end
         return DecodeStream(ids=primer, skip_special_tokens=self._sampling.skip_special_tokens)
 
     def push(self, token_ids: Sequence[int]) -> StopMatch | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -42,10 +41,6 @@ def vllm_fleet(vllm_installed: None, tmp_path_factory: pytest.TempPathFactory) -
     The fleet lives on an event loop of its own, in a thread, so that it outlives each test's loop.
     """
     spec = EngineSpec(model=str(ensure_default_model()), dtype="float32", max_model_len=2048)
-    fleet = LocalFleet(spec, 2, tmp_path_factory.mktemp("fleet"), say=_say)
+    fleet = LocalFleet(spec, 2, tmp_path_factory.mktemp("fleet"))
     with start_blocking_portal() as portal, portal.wrap_async_context_manager(fleet):
         yield fleet
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.__stderr__, flush=True)  # past pytest's capture: the start takes a minute

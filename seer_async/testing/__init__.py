@@ -7,6 +7,7 @@ from seer_async.testing.engine import SimulatedEngine
 from seer_async.testing.faults import Fault, FaultKind, Faults, Mishap, random_faults
 from seer_async.testing.model import Generated, Model
 from seer_async.testing.reference import Reference
+from seer_async.testing.work import Work
 from seer_async.testing.world import World
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Reference",
     "SimulatedEngine",
     "VirtualClock",
+    "Work",
     "World",
     "random_faults",
 ]

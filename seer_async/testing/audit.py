@@ -2,8 +2,8 @@
 
 Invariants it holds the core to, over all its incarnations:
 - a `Record` answers a reply to an open call, and holds that reply's tokens, up to a stop string;
-- a `Dispatch` goes to an engine that is up, in its current epoch, continues exactly what is recorded, with tokens of
-  one   weight version, within the response's limit and the engine's KV room;
+- a `Dispatch` goes to an engine that is up, in its current epoch, and continues exactly what is recorded, with tokens
+  of one weight version, within the response's limit and the engine's KV room;
 - a call that is lost with its engine is cancelled at once, and nothing is known of it afterwards;
 - an `Emit` holds exactly what is recorded, and comes once;
 - nobody gives up early or goes on for ever: a request fails after as many failures as allowed, a run ends for want of
@@ -64,7 +64,7 @@ class Audit:
     """Watches all incarnations of an orchestrator.
 
     `samples` are those that a run folder would hold. `seen` counts what has happened, so that a test can make sure that
-    it     tests what it means to.
+    it tests what it means to.
     """
 
     def __init__(self, config: Config, groups: Sequence[GroupAdded]) -> None:

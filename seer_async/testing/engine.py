@@ -11,85 +11,20 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections import deque
+from typing import TYPE_CHECKING
 
 import msgspec
 
+from seer_async.testing.cache import PrefixCache
 from seer_async.testing.cost import CostModel, LinearCost
-from seer_async.testing.model import Generated, Model, absorb
-from seer_async.types import ChunkReply, EngineInfo, EngineStats, TopLogprob, VersionSpan
+from seer_async.testing.work import EPS, Work
+from seer_async.types import EngineStats
 
 if TYPE_CHECKING:
     from seer_async.testing.clock import Timer, VirtualClock
-
-_EPS = 1e-6  # steps; two targets this close are reached together
-
-
-class Work(msgspec.Struct, eq=False):
-    """A call inside an engine. `done` gets the reply, or None when the engine dies."""
-
-    name: str
-    prefix: list[int]
-    params: dict[str, Any]
-    done: Callable[[ChunkReply | None], None]
-    tokens: list[int] = []
-    logprobs: list[float] = []
-    spans: list[VersionSpan] = []
-    ahead: Generated | None = None  # what comes after `tokens` while the weights stay as they are
-    version: str = ""
-    begun: float = 0.0  # the engine's step count when `ahead` began
-
-    @property
-    def length(self) -> int:
-        """Tokens in KV memory, apart from those decoded since `begun`."""
-        return len(self.prefix) + len(self.tokens)
-
-    def plan(self, model: Model, version: str, begun: float) -> float:
-        """Decide what the weights `version` will add from step `begun` on; returns the step at which it ends."""
-        params, have = self.params, len(self.tokens)
-        self.version, self.begun = version, begun
-        self.ahead = model.generate(
-            self.prefix + self.tokens,
-            prompt_len=params["extra_args"]["seer_prompt_len"],
-            seed=params["seed"],
-            version=version,
-            max_tokens=params["max_tokens"] - have,
-            min_tokens=params.get("min_tokens", 0) - have,
-            ignore_eos=params.get("ignore_eos", False),
-            stop_token_ids=params.get("stop_token_ids", ()),
-        )
-        return begun + len(self.ahead.token_ids)
-
-    def keep(self, steps: float) -> int:
-        """Make the tokens decoded until step count `steps` final; returns how many there are."""
-        assert self.ahead is not None
-        start = len(self.tokens)
-        count = min(len(self.ahead.token_ids), int(steps - self.begun + _EPS))
-        self.tokens = self.tokens + self.ahead.token_ids[:count]
-        self.logprobs = self.logprobs + self.ahead.logprobs[:count]
-        if count:
-            self.spans = [*self.spans, VersionSpan(self.version, start, start + count)]
-        return count
-
-    def reply(self, *, with_versions: bool) -> ChunkReply:
-        """The answer, after everything has been kept."""
-        assert self.ahead is not None
-        tops = self.params["logprobs"]
-        return ChunkReply(
-            token_ids=self.tokens,
-            logprobs=self.logprobs,
-            top_logprobs=alternatives(self.tokens, self.logprobs) if tops else None,
-            finish_reason=self.ahead.finish_reason,
-            stop_reason=self.ahead.stop_reason,
-            versions=tuple(self.spans) if with_versions else (),
-        )
-
-
-def alternatives(tokens: Sequence[int], logprobs: Sequence[float]) -> list[list[TopLogprob]]:
-    """One made-up alternative at each position."""
-    return [[TopLogprob(token + 1, logprob - 1)] for token, logprob in zip(tokens, logprobs, strict=True)]
+    from seer_async.testing.model import Model
+    from seer_async.types import EngineInfo
 
 
 class SimulatedEngine:
@@ -222,7 +157,7 @@ class SimulatedEngine:
         if now > self._as_of:
             self._steps += (now - self._as_of) / self._step_s
             self._as_of = now
-        while self._running and self._next_target() <= self._steps + _EPS:
+        while self._running and self._next_target() <= self._steps + EPS:
             self._finish(self._running[self._targets[0][1]])
 
     def _plan(self) -> None:
@@ -253,7 +188,7 @@ class SimulatedEngine:
     def _tick(self) -> None:
         self._timer = None
         self._advance()
-        while self._running and self._used > self._room - _EPS * len(self._running):
+        while self._running and self._used > self._room - EPS * len(self._running):
             self._preempt(next(reversed(self._running.values())))
         self._plan()
 
@@ -300,35 +235,3 @@ class SimulatedEngine:
         self.preemptions += 1
         self._remove(work)
         self._queue.appendleft(work)
-
-
-class PrefixCache:
-    """Which prefixes an engine need not compute again."""
-
-    def __init__(self) -> None:
-        self._used = 0
-        self._lengths: OrderedDict[int, int] = OrderedDict()  # by the model's state after the prefix
-
-    def add(self, tokens: Sequence[int]) -> None:
-        """Remember a prefix."""
-        state = absorb(tokens)
-        self._used += len(tokens) - self._lengths.pop(state, 0)
-        self._lengths[state] = len(tokens)
-
-    def trim(self, room: float) -> None:
-        """Forget the least recently used beyond `room` tokens."""
-        while self._lengths and self._used > room:
-            self._used -= self._lengths.popitem(last=False)[1]
-
-    def find(self, *prefixes: Sequence[int]) -> int:
-        """How many tokens of the first prefix that is known are cached; 0 when none is."""
-        for prefix in prefixes:
-            state = absorb(prefix)
-            if state in self._lengths:
-                self._lengths.move_to_end(state)
-                return self._lengths[state]
-        return 0
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self.trim(-1)

@@ -13,8 +13,8 @@ import msgspec
 
 from seer_async.errors import FailureKind
 from seer_async.events import ChunkFailed, ChunkFinished, EngineDown, EngineReport, EngineUp
-from seer_async.testing.engine import Work
 from seer_async.testing.faults import Mishap
+from seer_async.testing.work import Work
 
 if TYPE_CHECKING:
     import random
@@ -35,15 +35,16 @@ _HEAL_CHECK_S = 0.2
 class Link:
     """One orchestrator's connection to one engine; `post` tells that orchestrator, its `incarnation`-th."""
 
-    def __init__(  # noqa: PLR0917 - one caller, which names none of them twice
+    def __init__(
         self,
         engine: SimulatedEngine,
+        post: Callable[[Event], None],
+        *,
         incarnation: int,
         config: EngineConfig,
         clock: VirtualClock,
         faults: Faults,
         rng: random.Random,
-        post: Callable[[Event], None],
     ) -> None:
         self.engine = engine
         self._incarnation = incarnation
@@ -84,11 +85,13 @@ class Link:
         if dispatch.call not in self._calls:
             return  # cancelled on the way
         mishap = self._calls[dispatch.call]
-        if not self.engine.alive:
+        if self.engine.partitioned:
+            self._clock.after(_HEAL_CHECK_S, lambda: self._arrive(dispatch))
+        elif not self.engine.alive:
             self._fail(dispatch.call, FailureKind.CONNECTION, "refused")
         elif mishap is Mishap.FAIL:
             self._fail(dispatch.call, self._faults.failure(), "made to fail")
-        elif not self.engine.partitioned and mishap is not Mishap.HANG:
+        elif mishap is not Mishap.HANG:
             work = Work(
                 self._name(dispatch.call),
                 dispatch.prefix,

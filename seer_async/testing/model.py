@@ -48,7 +48,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
 
     def length(self, prompt: Sequence[int], seed: int, version: str) -> int:
         """How long the response is when nothing else ends it."""
-        return self._length(absorb(prompt), seed, version)
+        return _length(self, absorb(prompt), seed, version)
 
     def generate(
         self,
@@ -69,7 +69,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
         state = absorb(prefix)
         key = _number("noise", seed, version)
         weights = _number("weights", version)
-        length = math.inf if ignore_eos else self._length(absorb(prefix[:prompt_len]), seed, version)
+        length = math.inf if ignore_eos else _length(self, absorb(prefix[:prompt_len]), seed, version)
         last = length - 1 - (len(prefix) - prompt_len)
         tokens: list[int] = []
         logprobs: list[float] = []
@@ -89,9 +89,6 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
         while token in banned:
             token = 1 + token % words
         return token
-
-    def _length(self, prompt: int, seed: int, version: str) -> int:
-        return _log_normal(prompt, seed, version, self.mean_length, self.sigma, self.correlation)
 
 
 def absorb(tokens: Sequence[int]) -> int:
@@ -113,10 +110,10 @@ def _number(*parts: int | str) -> int:
 
 
 @lru_cache(maxsize=65_536)
-def _log_normal(prompt: int, seed: int, version: str, mean: float, sigma: float, correlation: float) -> int:  # noqa: PLR0917 - a formula
-    shared = _normal("group", prompt) * math.sqrt(correlation)
-    own = _normal("response", prompt, seed, version) * math.sqrt(1 - correlation)
-    return max(1, round(mean * math.exp(sigma * (shared + own) - sigma**2 / 2)))
+def _length(model: Model, prompt: int, seed: int, version: str) -> int:
+    shared = _normal("group", prompt) * math.sqrt(model.correlation)
+    own = _normal("response", prompt, seed, version) * math.sqrt(1 - model.correlation)
+    return max(1, round(model.mean_length * math.exp(model.sigma * (shared + own) - model.sigma**2 / 2)))
 
 
 def _normal(*parts: int | str) -> float:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from seer_async.sampling import chunk_seed
-from seer_async.testing.engine import alternatives
 from seer_async.testing.model import Generated, Model
+from seer_async.testing.work import alternatives
 from seer_async.text import TextStream
 from seer_async.types import TopLogprob
 

@@ -166,7 +166,15 @@ class World:
 
     def _link(self, engine: SimulatedEngine) -> Link:
         rng = random.Random(f"link {self._seed} {self.lives} {engine.name}")  # noqa: S311 - a simulation must repeat itself
-        return Link(engine, self.lives, self._config.engine, self.clock, self._faults, rng, self.post)
+        return Link(
+            engine,
+            self.post,
+            incarnation=self.lives,
+            config=self._config.engine,
+            clock=self.clock,
+            faults=self._faults,
+            rng=rng,
+        )
 
     def _complete(self) -> bool:
         again = {"error"} if not self.core.policy.unbiased else {"error", "unfinished"}

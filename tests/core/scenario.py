@@ -40,7 +40,7 @@ class Scenario:
         self.tokenizer = byte_level_tokenizer() if rng.random() < 0.3 else None
         self.model = Model(
             vocab_size=self.tokenizer.get_vocab_size() if self.tokenizer else rng.choice([20, 1000]),
-            mean_length=rng.choice([5, 25, 80]),
+            mean_length=rng.choice([10, 40, 120]),
             sigma=rng.choice([0.3, 0.9]),
         )
         self.groups = self._groups()
@@ -80,9 +80,9 @@ class Scenario:
         rng = self.rng
         groups = []
         forced = rng.random() < 0.2
-        for number in range(rng.randint(1, 10)):
-            limit = rng.choice([1, 8, 40, 200])
-            n = rng.randint(1, 6)
+        for number in range(rng.randint(1, 14)):
+            limit = rng.choice([1, 20, 100, 250])
+            n = rng.randint(1, 8)
             prompt = Prompt(
                 id=f"g{number}", token_ids=[rng.randrange(1, self.model.vocab_size) for _ in range(rng.randint(1, 20))]
             )
@@ -94,7 +94,7 @@ class Scenario:
         rng = self.rng
         limit = max(group.limit for group in self.groups)
         policy = POLICIES[self.seed % len(POLICIES)]
-        chunk_size = rng.choice([0, 3, 8, 20, 60])
+        chunk_size = rng.choice([0, 5, 10, 20, 60])
         whole = not chunk_size or not find_policy(policy).divided
         sampling: dict[str, Any] = {"max_tokens": limit, "logprobs": rng.choice([0, 0, 2])}
         if rng.random() < 0.3:
@@ -121,8 +121,8 @@ class Scenario:
             },
             "engine": {
                 "kv_fraction": rng.choice([1.0, 1.0, 0.8, 0.4]),
-                "max_in_flight": rng.choice([1, 3, 64]),
-                "chunk_timeout_s": 400.0 if whole else rng.choice([8.0, 30.0]),  # a queue of whole responses is slow
+                "max_in_flight": rng.choice([1, 4, 16, 64]),
+                "chunk_timeout_s": 900.0 if whole else rng.choice([8.0, 30.0]),  # a queue of whole responses is slow
                 "patience_s": rng.choice([4.0, 60.0]),
                 "telemetry_s": rng.choice([0.3, 1.0]),
                 "eject_after": rng.randint(1, 3),
@@ -151,7 +151,7 @@ class Scenario:
                 capabilities=capabilities,
                 dialect="generate" if self.says_versions else "completions",
             )
-            cost = LinearCost(base_s=rng.choice([0.01, 0.04]), prefill_token_s=0.0001)
+            cost = LinearCost(base_s=rng.choice([0.01, 0.03]), prefill_token_s=0.0001)
             engines.append(SimulatedEngine(f"e{number}", info, clock, self.model, cost))
         return engines
 
@@ -166,8 +166,8 @@ class Scenario:
         return random_faults(
             self.seed,
             names,
-            until=rng.choice([2.0, 6.0, 15.0]),
-            count=rng.choice([0, 5, 20, 40]),
+            until=rng.choice([1.0, 4.0, 12.0]),
+            count=rng.choice([0, 5, 15, 30]),
             kinds=kinds,
             odds=odds,
         )

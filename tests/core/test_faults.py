@@ -66,7 +66,7 @@ def test_random_rollouts_under_random_faults() -> None:
 
 
 # `oracle` in peace; `seer` under faults, with weight changes and stop strings
-@pytest.mark.parametrize("seed", [7, 19])
+@pytest.mark.parametrize("seed", [14, 29])  # `seer` with stop strings and marks, and with restarts
 def test_the_orchestrator_may_die_at_any_event(seed: int) -> None:
     whole = Scenario(seed)
     whole.run()

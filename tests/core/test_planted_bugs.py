@@ -1,4 +1,4 @@
-"""Each of these mistakes, planted in the core, is found by the checks of the fault tests within a few dozen seeds."""
+"""Each of these mistakes, planted in the core, is found by the checks of the fault tests within a hundred seeds."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ from seer_async.request import Request
 
 from .scenario import Scenario
 
-MOST_SEEDS = 300
+MOST_SEEDS = 100
 
 PLANTS: list[Callable[[pytest.MonkeyPatch], None]] = []
 plant = PLANTS.append
