@@ -86,6 +86,8 @@ class Audit:
         self._troubled_at: dict[str, float] = dict.fromkeys(core.instances, 0.0)
         self._rejected = False
         self._open: dict[int, Dispatch] = {}
+        self._open_on: dict[str, dict[int, Dispatch]] = {name: {} for name in core.instances}
+        self._in_flight: set[str] = set()
         self._last_call = 0
         self._answered: tuple[Dispatch, ChunkReply] | None = None
         self._lost: set[int] = set()
@@ -100,7 +102,7 @@ class Audit:
         self.seen[type(event).__name__] += 1
         match event:
             case ChunkFinished() | ChunkFailed():
-                self._outcome(event, self._open.pop(event.call, None), now)
+                self._outcome(event, self._closed(event.call), now)
             case EngineUp():
                 self._lose(event.engine)
                 self._up[event.engine] = event.info
@@ -142,7 +144,14 @@ class Audit:
         return instance.failures, instance.ejections, instance.closed_until, instance.half_open
 
     def _lose(self, engine: str) -> None:
-        self._lost |= {call for call, dispatch in self._open.items() if dispatch.engine == engine}
+        self._lost |= self._open_on[engine].keys()
+
+    def _closed(self, call: int) -> Dispatch | None:
+        dispatch = self._open.pop(call, None)
+        if dispatch is not None:
+            del self._open_on[dispatch.engine][call]
+            self._in_flight.remove(dispatch.request)
+        return dispatch
 
     # Commands, as they are executed
 
@@ -157,8 +166,7 @@ class Audit:
             case Emit():
                 self._emit(command.sample)
             case Cancel():
-                assert command.call in self._open, f"call {command.call} is cancelled, but not open"
-                del self._open[command.call]
+                assert self._closed(command.call), f"call {command.call} is cancelled, but not open"
                 self._lost.discard(command.call)
             case Stop():
                 self._stop(command.reason, now)
@@ -199,16 +207,24 @@ class Audit:
         assert account.finish_reason or sample.finish_reason not in KEPT, f"{sample.id} ends without a record"
         if sample.finish_reason == "error":
             hopeless = account.rejections or account.failures >= self._config.rollout.max_attempts
-            assert hopeless, f"{sample.id} is given up after {account.failures} failures"
+            assert hopeless or self._too_long(account), f"{sample.id} is given up after {account.failures} failures"
         self.seen[sample.finish_reason] += 1
         self.samples[sample.id] = sample
+
+    def _too_long(self, account: Account) -> bool:
+        left = account.group.limit - len(account.tokens)
+        size = self._config.rollout.chunk_size if self._policy.divided else 0
+        tokens = len(account.group.prompt.token_ids or []) + len(account.tokens) + min(size or left, left)
+        return not any(
+            tokens <= min(info.max_model_len, (info.num_blocks - 1) * info.block_size) for info in self._up.values()
+        )
 
     def _dispatch(self, call: Dispatch, now: float) -> None:
         account = self.accounts[call.request]
         assert account.failures < self._config.rollout.max_attempts, f"{call.request} should have been given up"
         assert call.call > self._last_call, f"call {call.call} is not new"
         self._last_call = call.call
-        assert all(other.request != call.request for other in self._open.values()), f"{call.request} has two open calls"
+        assert call.request not in self._in_flight, f"{call.request} has two open calls"
         assert call.request not in self.samples, f"{call.request} goes on after it was emitted"
         assert account.finish_reason is None, f"{call.request} goes on after its end was recorded"
         assert call.prefix == (account.group.prompt.token_ids or []) + account.tokens, (
@@ -220,8 +236,10 @@ class Audit:
         if self._config.rollout.mixed_versions == "restart":
             assert account.versions <= {call.weight_version}, f"{call.request} would mix weight versions"
         self._check_length(call, account)
-        self._open[call.call] = call
-        self._check_room(call.engine)
+        self._open[call.call] = self._open_on[call.engine][call.call] = call
+        self._in_flight.add(call.request)
+        if self._policy.admits_by_room:
+            self._check_room(call.engine)
 
     def _check_length(self, call: Dispatch, account: Account) -> None:
         assert call.max_tokens == call.params["max_tokens"] >= 1, f"call {call.call} asks for {call.max_tokens} tokens"
@@ -231,12 +249,10 @@ class Audit:
         assert not size or not self._policy.divided or call.max_tokens <= size, f"call {call.call} is too long a chunk"
 
     def _check_room(self, engine: str) -> None:
-        info = self._up[engine]
-        calls = [call for call in self._open.values() if call.engine == engine]
-        if not self._policy.admits_by_room or len(calls) == 1:
-            return  # an engine without other calls of ours takes whatever it can hold at all
+        info, calls = self._up[engine], self._open_on[engine].values()
+        share = self._config.engine.kv_fraction if len(calls) > 1 else 1.0  # the first call may have all there is
+        room = int((info.num_blocks - 1) * share)
         need = sum(-(-(len(call.prefix) + call.max_tokens) // info.block_size) for call in calls)
-        room = int((info.num_blocks - 1) * self._config.engine.kv_fraction)
         assert need <= room, f"{engine} has {room} KV blocks for us, its calls may need {need}"
         assert len(calls) <= (info.max_num_seqs or len(calls)), f"{engine} runs {len(calls)} calls"
 
