@@ -48,15 +48,16 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
     `probes` requests of each group run first. One of `fairness` decisions goes to the request that has waited
     longest. `affinity` is how much fuller, relatively, the engine that holds a request's prefix may be before the
-    request moves away. `lengths` is a file of true lengths (a samples.jsonl of an earlier run), for the oracle; with
-    `force_lengths` every response is ended at its length there, so that policies can be compared on the same work.
-    `over_issue` is the policy `partial`'s.
+    request moves away; `pooled_affinity` is the same between engines that share a KV pool. `lengths` is a file of true
+    lengths (a samples.jsonl of an earlier run), for the oracle; with `force_lengths` every response is ended at its
+    length there, so that policies can be compared on the same work. `over_issue` is the policy `partial`'s.
     """
 
     policy: str = "seer"
     probes: int = 1
     fairness: int = 32
     affinity: float = 0.25
+    pooled_affinity: float = 0.05
     lengths: str | None = None
     force_lengths: bool = False
     over_issue: float = 2.0
@@ -65,6 +66,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         _require(self.probes >= 0, "scheduler.probes must be 0 or more")
         _require(self.fairness >= 2, "scheduler.fairness must be at least 2")  # noqa: PLR2004 - 1 would be plain FIFO
         _require(self.affinity >= 0, "scheduler.affinity must be 0 or more")
+        _require(self.pooled_affinity >= 0, "scheduler.pooled_affinity must be 0 or more")
         _require(self.over_issue >= 1, "scheduler.over_issue must be at least 1")
 
 
@@ -74,7 +76,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     `kv_fraction` of an engine's KV is ours to fill. `eject_after` failures in a row close an engine for `eject_s`,
     doubling up to `eject_max_s`. `silent_after` readings missed in a row mean that it is gone. `patience_s` without any
     usable engine end the run with exit code 4. `api_key_env` names the environment variable that holds the engines'
-    API key.
+    API key. `kv_pool` False leaves a KV pool that the engines have unused.
     """
 
     max_in_flight: int = 1024
@@ -88,6 +90,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     eject_max_s: float = 30.0
     patience_s: float = 300.0
     api_key_env: str | None = None
+    kv_pool: bool = True
 
     def __post_init__(self) -> None:
         _require(self.max_in_flight >= 1, "engine.max_in_flight must be at least 1")
@@ -121,6 +124,8 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     max_model_len: int | None = None
     kv_cache_gib: float | None = None
     kv_blocks: int | None = None
+    kv_pool: str = "none"
+    kv_pool_gib: float = 4.0
     max_num_seqs: int | None = None
     vllm_args: list[str] = []
 

@@ -263,6 +263,8 @@ class Core:
             queued=request.queued,
             start=call.start,
             end=self._now,
+            cached=reply.cached,
+            pooled=reply.pooled,
         )
         self.migrations += request.last_engine not in {None, chunk.engine}
         request.accept(reply, chunk)
@@ -434,8 +436,7 @@ class Core:
     def _dispatch(self, request: Request, instance: Instance, tokens: int) -> None:
         self._next_call += 1
         most = self._chunk_bound(request)
-        if request.forced_length is not None:
-            most = max(1, min(most, request.forced_length - request.generated))
+        most = max(1, min(most, request.end - request.generated))
         call = Call(
             id=self._next_call,
             request=request,
@@ -448,7 +449,7 @@ class Core:
             start=self._now,
         )
         self.calls[call.id] = call
-        instance.dispatch(call.id, tokens)
+        instance.dispatch(call.id, request, tokens)
         request.attempt += 1
         if request.first_start is None:
             request.first_start = self._now
@@ -475,6 +476,7 @@ class Core:
             ),
             max_tokens=call.max_tokens,
             weight_version=call.weight_version,
+            continues=request.generated + call.max_tokens < request.end,
         )
 
     # Ending the run

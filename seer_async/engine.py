@@ -51,6 +51,7 @@ class _SeerInfo(msgspec.Struct):
     logprobs_mode: str | None = None
     weight_version: str = "unknown"
     capabilities: list[str] = []
+    kv_pool: str | None = None
 
 
 class _WeightInfo(msgspec.Struct):
@@ -114,6 +115,11 @@ class EngineClient:
         metrics = Metrics(page)
         return metrics.stats(boot=metrics.boot, weight_version=version)
 
+    async def pool_counters(self, *, timeout_s: float) -> dict[str, int]:
+        """The numbers of the engine's KV pool (see GET /v1/seer/kv/stats); blocks, bytes, tokens, nanoseconds."""
+        said = await self._json("GET", "/v1/seer/kv/stats", None, dict[str, int | str], timeout_s)
+        return {name: value for name, value in said.items() if isinstance(value, int)}
+
     async def tokenize(self, prompt: Prompt, *, timeout_s: float) -> list[int]:
         """Token ids of a prompt, by the engine's own tokenizer and chat template."""
         assert self.info is not None
@@ -153,6 +159,8 @@ class EngineClient:
             logprobs_mode=said.logprobs_mode,
             weight_version=said.weight_version,
             capabilities=frozenset(said.capabilities),
+            shares_prefixes=metrics.shares_prefixes,
+            kv_pool=said.kv_pool,
         )
 
     async def _plain_info(self) -> EngineInfo:
@@ -171,6 +179,7 @@ class EngineClient:
             max_model_len=model.max_model_len,
             block_size=metrics.cache_int("block_size"),
             num_blocks=metrics.cache_int("num_gpu_blocks"),
+            shares_prefixes=metrics.shares_prefixes,
             weight_version=await self._weight_version(None) or "unknown",
         )
 

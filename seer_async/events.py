@@ -107,7 +107,10 @@ Event = (
 
 
 class Dispatch(msgspec.Struct, frozen=True, kw_only=True):
-    """Send a call: continue `prefix` for at most `max_tokens` tokens, as the request's chunk `n`, counted from 0."""
+    """Send a call: continue `prefix` for at most `max_tokens` tokens, as the request's chunk `n`, counted from 0.
+
+    `continues` is False when the response ends with this chunk whatever the engine samples.
+    """
 
     call: int
     n: int
@@ -118,6 +121,7 @@ class Dispatch(msgspec.Struct, frozen=True, kw_only=True):
     params: dict[str, Any]
     max_tokens: int
     weight_version: str
+    continues: bool = True
 
 
 class Cancel(msgspec.Struct, frozen=True, kw_only=True):

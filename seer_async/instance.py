@@ -1,8 +1,8 @@
 """An instance: what the core knows of one engine, and the KV room it still has for us.
 
-Invariants: `reserved` is the sum of the bounds of the calls in flight; a chunk is admitted only where its bound
-fits, so an engine never has to preempt for us; `in_flight` holds exactly the calls dispatched in the current epoch and
-not yet answered.
+Invariants: `reserved` is the sum of the bounds of the calls in flight, where calls of one group count their prompt's
+full blocks once if the engine shares equal prefixes; a chunk is admitted only where its bound fits, so an engine never
+has to preempt for us; `in_flight` holds exactly the calls dispatched in the current epoch and not yet answered.
 """
 
 from __future__ import annotations
@@ -13,12 +13,24 @@ from seer_async.sampling import POSITION_SEEDS
 
 if TYPE_CHECKING:
     from seer_async.config import EngineConfig
+    from seer_async.request import Request
     from seer_async.types import EngineInfo, EngineStats
 
 _SPARE_BLOCKS = 1  # vLLM keeps one block for itself
 _PREEMPTION_CUT = 0.9  # trust this much less of an engine's KV after each preemption it reports
 _LEAST_TRUST = 0.3
 _MOST_DOUBLINGS = 16  # of the time an engine stays closed; beyond, floats overflow
+
+
+class _Sharers:
+    """Calls in flight that share a prompt's blocks, which are reserved once for all of them."""
+
+    __slots__ = ("blocks", "calls", "key")
+
+    def __init__(self, key: tuple[str, str], blocks: int) -> None:
+        self.key = key
+        self.blocks = blocks
+        self.calls = 0
 
 
 class Instance:
@@ -32,8 +44,9 @@ class Instance:
         self.info: EngineInfo | None = None
         self.stats: EngineStats | None = None
         self.version = "unknown"
-        self.in_flight: dict[int, int] = {}  # call -> blocks reserved
+        self.in_flight: dict[int, tuple[int, _Sharers]] = {}  # call -> blocks reserved beyond those it shares
         self.reserved = 0
+        self._sharers: dict[tuple[str, str], _Sharers] = {}  # by group and weight version
         self.generated = 0  # tokens accepted from this engine, in all epochs
         self.failures = 0  # in a row
         self.ejections = 0  # in a row
@@ -93,6 +106,11 @@ class Instance:
         """Whether seeded noise depends on the position alone."""
         return self.info is not None and POSITION_SEEDS in self.info.capabilities
 
+    @property
+    def pool(self) -> str | None:
+        """The KV pool that it shares with others and that we use, if any."""
+        return self.info.kv_pool if self.info and self.config.kv_pool else None
+
     def blocks(self, tokens: int) -> int:
         """KV blocks that a sequence of `tokens` occupies."""
         assert self.info is not None
@@ -102,7 +120,12 @@ class Instance:
         """Whether calls may be sent at all."""
         return self.up and now >= self.closed_until
 
-    def has_room(self, tokens: int) -> bool:
+    def need(self, request: Request, tokens: int) -> int:
+        """KV blocks that a chunk which ends with a sequence of at most `tokens` adds to those reserved."""
+        sharers = self._sharers.get((request.group.id, self.version))
+        return self.blocks(tokens) - (sharers.blocks if sharers else 0)
+
+    def has_room(self, request: Request, tokens: int) -> bool:
         """Whether a chunk that ends with a sequence of at most `tokens` may be admitted now.
 
         An engine without calls of ours takes any one that fits it at all, whatever its telemetry says: with nothing in
@@ -110,23 +133,37 @@ class Instance:
         """
         if not self.in_flight:
             return self.could_hold(tokens)
-        return len(self.in_flight) < self.slots and self.blocks(tokens) <= self.free
+        return len(self.in_flight) < self.slots and self.need(request, tokens) <= self.free
 
     def could_hold(self, tokens: int) -> bool:
         """Whether such a chunk would fit an otherwise empty engine."""
         assert self.info is not None
         return self.blocks(tokens) <= self._usable and tokens <= self.info.max_model_len
 
-    def dispatch(self, call: int, tokens: int) -> None:
+    def dispatch(self, call: int, request: Request, tokens: int) -> None:
         """Reserve room for a call."""
-        blocks = self.blocks(tokens)
-        self.in_flight[call] = blocks
-        self.reserved += blocks
+        key = (request.group.id, self.version)
+        self.reserved += self.need(request, tokens)
+        sharers = self._sharers.setdefault(key, _Sharers(key, self._shared_blocks(request)))
+        sharers.calls += 1
+        self.in_flight[call] = self.blocks(tokens) - sharers.blocks, sharers
         self._peak_reserved = max(self._peak_reserved, self.reserved)
 
     def release(self, call: int) -> None:
         """Give back a call's room; unknown calls are of an earlier epoch."""
-        self.reserved -= self.in_flight.pop(call, 0)
+        if call not in self.in_flight:
+            return
+        blocks, sharers = self.in_flight.pop(call)
+        self.reserved -= blocks
+        sharers.calls -= 1
+        if not sharers.calls:
+            self.reserved -= sharers.blocks
+            del self._sharers[sharers.key]
+
+    def _shared_blocks(self, request: Request) -> int:
+        """Full blocks of the prompt; the last token never counts, because vLLM always computes one."""
+        assert self.info is not None
+        return (request.group.prompt_len - 1) // self.info.block_size if self.info.shares_prefixes else 0
 
     def succeeded(self) -> None:
         """A call was answered well."""
@@ -157,5 +194,6 @@ class Instance:
         self.up = False
         self.last_error = reason
         self.in_flight.clear()
+        self._sharers.clear()
         self.reserved = 0
         return calls

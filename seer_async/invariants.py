@@ -43,7 +43,9 @@ def _check_room(core: Core) -> None:
     for instance in core.instances.values():
         mine = {call.id for call in core.calls.values() if call.instance is instance}
         assert mine == set(instance.in_flight), f"{instance.name} holds room for other calls than are in flight"
-        assert instance.reserved == sum(instance.in_flight.values()), f"{instance.name} leaks reserved blocks"
+        own = sum(blocks for blocks, _ in instance.in_flight.values())
+        shared = {id(sharers): sharers.blocks for _, sharers in instance.in_flight.values()}
+        assert instance.reserved == own + sum(shared.values()), f"{instance.name} leaks reserved blocks"
 
 
 def _check_request(core: Core, request: Request) -> None:

@@ -142,6 +142,11 @@ class Request:
         return self.group.limit - self.generated
 
     @property
+    def end(self) -> int:
+        """The length at which the response is over whatever the model says; forced lengths no policy may see."""
+        return self.group.limit if self.forced_length is None else min(self.group.limit, self.forced_length)
+
+    @property
     def last_engine(self) -> str | None:
         """The engine of the latest chunk, whose prefix cache may still hold this request."""
         return self.chunks[-1].engine if self.chunks else None

@@ -192,6 +192,8 @@ class Shell:
             cache_salt=f"{self._core.run}:{dispatch.weight_version}",
             max_tokens=dispatch.max_tokens,
             vocab_size=info.vocab_size,
+            load=self._config.engine.kv_pool or info.kv_pool is None,
+            save=(self._config.engine.kv_pool and dispatch.continues) or info.kv_pool is None,
         )
         try:
             reply = await client.generate(spec, info, timeout_s=self._config.engine.chunk_timeout_s)

@@ -10,12 +10,12 @@ import re
 from typing import TYPE_CHECKING
 
 from seer_async.errors import EngineError, FailureKind
-from seer_async.types import EngineStats
+from seer_async.types import EngineStats, PoolStats
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_LINE = re.compile(rb"^(vllm:\w+|process_start_time_seconds)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
+_LINE = re.compile(rb"^(vllm:\w+|seer:kv_pool_\w+|process_start_time_seconds)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
 _LABEL = re.compile(rb'(\w+)="([^"]*)"')
 
 
@@ -66,8 +66,15 @@ class Metrics:
                 FailureKind.BAD_REPLY, f"/metrics says nothing usable about {name}: is this a vLLM server?"
             ) from None
 
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether the engine caches prefixes, so that sequences which begin alike share blocks."""
+        return self.cache.get("enable_prefix_caching") == "True"
+
     def stats(self, *, boot: str, weight_version: str | None) -> EngineStats:
         """The reading the core works with."""
+        pooled = self.total("vllm:external_prefix_cache_hits_total", 0.0)
+        local = self.total("vllm:prefix_cache_hits_total", 0.0)
         return EngineStats(
             boot=boot,
             running=int(self.total("vllm:num_requests_running")),
@@ -76,8 +83,25 @@ class Metrics:
             preemptions=int(self.total("vllm:num_preemptions_total", 0.0)),
             generated_tokens=int(self.total("vllm:generation_tokens_total", 0.0)),
             prompt_tokens=int(self.total("vllm:prompt_tokens_total", 0.0)),
-            cached_tokens=int(
-                self.total("vllm:prompt_tokens_cached_total", self.total("vllm:prefix_cache_hits_total", 0.0))
-            ),
+            cached_tokens=int(self.total("vllm:prompt_tokens_cached_total", local + pooled) - pooled),
+            pooled_tokens=int(pooled),
             weight_version=weight_version,
+            pool=self._pool(),
         )
+
+    def _pool(self) -> PoolStats | None:
+        if "seer:kv_pool_bytes" not in self._sums:
+            return None
+        return PoolStats(
+            blocks=self._pool_int("blocks"),
+            bytes=self._pool_int("bytes"),
+            capacity_bytes=self._pool_int("capacity_bytes"),
+            evictions=self._pool_int("evictions_total"),
+            loads=self._pool_int("loads_total"),
+            saves=self._pool_int("saves_total"),
+            failures=self._pool_int("failures_total"),
+            refused=self._pool_int("refused_total"),
+        )
+
+    def _pool_int(self, name: str) -> int:
+        return int(self.total(f"seer:kv_pool_{name}", 0.0))

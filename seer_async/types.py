@@ -55,7 +55,8 @@ class ChunkReply(msgspec.Struct, frozen=True, kw_only=True):
     `token_ids`, `logprobs` and (when asked for) `top_logprobs` have one entry per generated token.
     `finish_reason` is "stop", "length" or "abort"; `stop_reason` is a stop string or a stop token id, and
     None when the model's own end-of-sequence token ended the response. `versions` is empty when the engine
-    does not say which weights sampled which token; `version_after` is then what it had after the last one.
+    does not say which weights sampled which token; `version_after` is then what it had after the last one. `cached`
+    tokens of the prefix were in the engine's own prefix cache, `pooled` came from the KV pool; 0 where it does not say.
     """
 
     token_ids: list[int]
@@ -65,6 +66,8 @@ class ChunkReply(msgspec.Struct, frozen=True, kw_only=True):
     stop_reason: int | str | None = None
     versions: tuple[VersionSpan, ...] = ()
     version_after: str | None = None
+    cached: int = 0
+    pooled: int = 0
 
 
 class Chunk(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,7 +75,8 @@ class Chunk(msgspec.Struct, frozen=True, kw_only=True):
 
     `n` counts the chunks of one response from 0; `tokens` of them were accepted. `queued` is when the request
     entered the Request Buffer, `start` when the call left, `end` when its reply was accepted. `attempt` counts the
-    calls made for this chunk from 1.
+    calls made for this chunk from 1. Of its prefix, `cached` tokens were in the engine's own cache and `pooled` came
+    from the KV pool, as far as the engine says; the rest was computed.
     """
 
     n: int
@@ -84,6 +88,8 @@ class Chunk(msgspec.Struct, frozen=True, kw_only=True):
     queued: float
     start: float
     end: float
+    cached: int = 0
+    pooled: int = 0
 
 
 class Timings(msgspec.Struct, frozen=True, kw_only=True):
@@ -134,6 +140,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine is, learned when it is attached; constant during one epoch, except the weight version.
 
     `boot` identifies the process: a changed value is a new epoch. `num_blocks` KV blocks of `block_size` tokens.
+    `shares_prefixes` says that sequences which begin alike share KV blocks (vLLM's prefix caching).
+    `kv_pool` names the pool it shares KV through, "kind:id"; engines that share one have the same name.
     """
 
     boot: str
@@ -147,11 +155,33 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     logprobs_mode: str | None = None
     weight_version: str = "unknown"
     capabilities: frozenset[str] = frozenset()
+    shares_prefixes: bool = False
+    kv_pool: str | None = None
     dialect: str = "generate"
 
 
+class PoolStats(msgspec.Struct, frozen=True, kw_only=True):
+    """A KV pool as one engine sees it: sizes of the whole pool, and that engine's counters since its start.
+
+    `loads`, `saves`, `failures` (found but not loadable, so computed again) and `refused` (not saved) are blocks.
+    """
+
+    blocks: int
+    bytes: int
+    capacity_bytes: int
+    evictions: int
+    loads: int
+    saves: int
+    failures: int
+    refused: int
+
+
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """One reading of an engine's telemetry. Counters are totals since the engine's start; `kv_used` is in [0, 1]."""
+    """One reading of an engine's telemetry. Counters are totals since the engine's start; `kv_used` is in [0, 1].
+
+    Of `prompt_tokens`, `cached_tokens` were in the engine's own prefix cache and `pooled_tokens` came from a KV pool.
+    vLLM does not count what it computes again after a preemption.
+    """
 
     boot: str
     running: int
@@ -161,9 +191,11 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     generated_tokens: int
     prompt_tokens: int
     cached_tokens: int
+    pooled_tokens: int = 0
     weight_version: str | None = None
+    pool: PoolStats | None = None
 
     @property
     def prefilled_tokens(self) -> int:
         """Prompt tokens that were computed: neither in the engine's prefix cache nor loaded from elsewhere."""
-        return self.prompt_tokens - self.cached_tokens
+        return self.prompt_tokens - self.cached_tokens - self.pooled_tokens

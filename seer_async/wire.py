@@ -25,7 +25,11 @@ _FINISH_REASONS = frozenset({"stop", "length", "abort"})
 
 
 class CallSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """One call as the wire needs it. `vocab_size` None means unknown, and is not checked."""
+    """One call as the wire needs it. `vocab_size` None means unknown, and is not checked.
+
+    `load` False asks the engine not to look for the prefix in its KV pool, `save` False not to put this call's KV
+    there, because nobody will continue from it. Both are for the shared-memory pool; others ignore them.
+    """
 
     request_id: str
     model: str
@@ -34,6 +38,15 @@ class CallSpec(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: str
     max_tokens: int
     vocab_size: int | None = None
+    load: bool = True
+    save: bool = True
+
+    @property
+    def transfer(self) -> dict[str, Any]:
+        """What the body says about the KV pool; nothing unless the pool should do something else than usual."""
+        asked = {} if self.load else {"seer_load": False}
+        asked |= {} if self.save else {"seer_save": False}
+        return {"kv_transfer_params": asked} if asked else {}
 
 
 class Dialect(Protocol):
@@ -49,6 +62,13 @@ class Dialect(Protocol):
         """The checked reply; raises EngineError (BAD_REPLY)."""
 
 
+class _Transfer(msgspec.Struct):
+    """What an engine with our KV pool says about a call's prefix, in tokens."""
+
+    seer_local_tokens: int = 0
+    seer_pool_tokens: int = 0
+
+
 class _Raw(msgspec.Struct):
     """A reply before it is checked."""
 
@@ -61,6 +81,7 @@ class _Raw(msgspec.Struct):
     finish_reason: str | None
     stop_reason: int | str | None
     versions: tuple[VersionSpan, ...] = ()
+    transfer: _Transfer | None = None
 
 
 class _Usage(msgspec.Struct):
@@ -93,6 +114,7 @@ class _GenerateReply(msgspec.Struct):
     usage: _Usage
     choices: list[_GenerateChoice]
     model: str | None = None
+    kv_transfer_params: _Transfer | None = None
 
 
 class Generate:
@@ -118,6 +140,7 @@ class Generate:
                 "token_ids": spec.prefix,
                 "sampling_params": spec.params | {"logprobs": tops + (tops > 0)},
                 "cache_salt": spec.cache_salt,
+                **spec.transfer,
             }
         )
 
@@ -138,6 +161,7 @@ class Generate:
             choice.finish_reason,
             choice.stop_reason,
             tuple(choice.weight_versions or ()),
+            reply.kv_transfer_params,
         )
         return _checked(raw, spec)
 
@@ -162,6 +186,7 @@ class _CompletionReply(msgspec.Struct):
     model: str
     usage: _Usage
     choices: list[_Choice]
+    kv_transfer_params: _Transfer | None = None
 
 
 class Completions:
@@ -190,6 +215,7 @@ class Completions:
                 "return_token_ids": True,
                 "return_tokens_as_token_ids": True,
                 "cache_salt": spec.cache_salt,
+                **spec.transfer,
             }
         )
 
@@ -206,6 +232,7 @@ class Completions:
             [_tops(top) for top in choice.logprobs.top_logprobs],
             choice.finish_reason,
             choice.stop_reason,
+            transfer=reply.kv_transfer_params,
         )
         return _checked(raw, spec)
 
@@ -262,6 +289,8 @@ def _checked(raw: _Raw, spec: CallSpec) -> ChunkReply:  # noqa: C901 - a list of
         finish_reason=raw.finish_reason or "",
         stop_reason=raw.stop_reason,
         versions=raw.versions,
+        cached=raw.transfer.seer_local_tokens if raw.transfer else 0,
+        pooled=raw.transfer.seer_pool_tokens if raw.transfer else 0,
     )
 
 

@@ -27,6 +27,7 @@ from seer_async.rollout import Rollout, open_fleet
 from seer_async.runfolder import RunFolder
 from seer_async.workload import Outcome, heavy_tailed_lengths, outcome
 from seer_cli.display import make_display
+from seer_cli.kvbench import Figures, measure_pool
 from seer_cli.load import measure_core
 from seer_cli.output import print_json
 from seer_cli.rollout import engine_urls
@@ -38,12 +39,24 @@ if TYPE_CHECKING:
 bench = typer.Typer(help="Measure policies on a live fleet, and the orchestrator itself.", no_args_is_help=True)
 
 
+_NO_POOL = "-pool"  # after a policy's name
+
+_Servers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--server", help="URL of a running engine; repeatable. Without it, some are started.", show_default=False
+    ),
+]
+_Engines = Annotated[int, typer.Option("--engines", help="Local engines to start.")]
+
+
 class _Run(msgspec.Struct, frozen=True, kw_only=True):
-    policy: str
+    contender: str
     outcome: Outcome
     preemptions: int
     migrations: int
     prefilled: int
+    pooled: int
     samples: int
     failed: int
 
@@ -54,8 +67,8 @@ def fleet(
     policy: Annotated[
         list[str] | None,
         typer.Option(
-            help="Policies to compare; repeatable, the first is the baseline. "
-            "[default: group-round-robin, no-context, seer, oracle]",
+            help="Policies to compare; repeatable, the first is the baseline. `NAME-pool` leaves the KV pool unused. "
+            "[default: group-round-robin, no-context, seer, oracle; with a pool also seer-pool]",
         ),
     ] = None,
     groups: Annotated[int, typer.Option(min=1, help="Prompts.")] = 16,
@@ -67,18 +80,17 @@ def fleet(
     kv_blocks: Annotated[
         int | None, typer.Option(help="KV blocks of 32 tokens in each local engine; small makes KV scarce.")
     ] = None,
-    server: Annotated[
-        list[str] | None,
-        typer.Option(help="URL of a running engine; repeatable. Without it, two are started.", show_default=False),
-    ] = None,
-    engines: Annotated[int, typer.Option(help="Local engines to start.")] = 2,
+    kv_pool: Annotated[str, typer.Option(help="KV pool of the local engines: shm, mooncake or none.")] = "shm",
+    server: _Servers = None,
+    engines: _Engines = 2,
     seed: Annotated[int, typer.Option(help="Seeds the lengths.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print every run as JSON on stdout.")] = False,
 ) -> None:
     """Compare policies on one live fleet with the same forced lengths, interleaved."""
-    policies = policy or ["group-round-robin", "no-context", "seer", "oracle"]
+    pooled = [] if kv_pool == "none" else ["seer-pool"]
+    policies = policy or ["group-round-robin", "no-context", *pooled, "seer", "oracle"]
     for name in policies:
-        find_policy(name)
+        find_policy(name.removesuffix(_NO_POOL))
     prompts = read_dataset(default_dataset(), groups)
     if len(prompts) < groups:
         raise UsageError(f"--groups can be at most {len(prompts)}, the prompts that ship with Seer")
@@ -86,7 +98,7 @@ def fleet(
     config = {
         "rollout": {"n": n, "chunk_size": chunk_size},
         "sampling": {"max_tokens": longest, "seed": seed},
-        "fleet": {"servers": server or [], "engines": engines, "kv_blocks": kv_blocks},
+        "fleet": {"servers": server or [], "engines": engines, "kv_blocks": kv_blocks, "kv_pool": kv_pool},
         "output": {"trace": False},
     }
     runs = uvloop.run(_compare(config, policies, prompts, lengths, repeats))
@@ -110,14 +122,21 @@ async def _compare(
             tokenised = await engines.tokenise(prompts)
             for round_ in range(repeats):
                 for name in policies[round_ % len(policies) :] + policies[: round_ % len(policies)]:
-                    scheduler = {"policy": name, "lengths": str(table), "force_lengths": True}
-                    config = resolve(tree, {"scheduler": scheduler})
-                    runs.append(await _one(config, engines, tokenised, Path(scratch) / f"{round_}-{name}"))
+                    config = resolve(tree, _contender(name, table))
+                    runs.append(await _one(name, config, engines, tokenised, Path(scratch) / f"{round_}-{name}"))
                     display.phase(_line(runs[-1]))
     return runs
 
 
-async def _one(config: Config, fleet: Fleet, prompts: list[Prompt], path: Path) -> _Run:
+def _contender(name: str, lengths: Path) -> dict[str, Any]:
+    policy = name.removesuffix(_NO_POOL)
+    return {
+        "scheduler": {"policy": policy, "lengths": str(lengths), "force_lengths": True},
+        "engine": {"kv_pool": policy == name},
+    }
+
+
+async def _one(name: str, config: Config, fleet: Fleet, prompts: list[Prompt], path: Path) -> _Run:
     before = [await client.stats(timeout_s=30) for client in fleet.clients.values()]
     folder = RunFolder.create(path, config, prompts, dataset="bench", command=[])
     started = time.time()
@@ -127,11 +146,16 @@ async def _one(config: Config, fleet: Fleet, prompts: list[Prompt], path: Path) 
         folder.close()
     await asyncio.sleep(1.0)  # let the engines' counters settle
     after = [await client.stats(timeout_s=30) for client in fleet.clients.values()]
+
+    def grown(what: str) -> int:
+        return sum(getattr(b, what) - getattr(a, what) for a, b in zip(before, after, strict=True))
+
     return _Run(
-        policy=config.scheduler.policy,
+        contender=name,
         outcome=outcome(path / "samples.jsonl", started),
-        preemptions=sum(b.preemptions - a.preemptions for a, b in zip(before, after, strict=True)),
-        prefilled=sum(b.prefilled_tokens - a.prefilled_tokens for a, b in zip(before, after, strict=True)),
+        preemptions=grown("preemptions"),
+        prefilled=grown("prefilled_tokens"),
+        pooled=grown("pooled_tokens"),
         migrations=result.snapshot.migrations,
         samples=result.snapshot.done,
         failed=result.snapshot.failed,
@@ -141,8 +165,9 @@ async def _one(config: Config, fleet: Fleet, prompts: list[Prompt], path: Path) 
 def _line(run: _Run) -> str:
     o = run.outcome
     return (
-        f"{run.policy}: {o.throughput:.0f} tokens/s, {o.seconds:.1f} s, tail {o.tail_s:.1f} s, "
+        f"{run.contender}: {o.throughput:.0f} tokens/s, {o.seconds:.1f} s, tail {o.tail_s:.1f} s, "
         f"{run.preemptions} preemptions, {run.migrations} migrations, {run.prefilled} tokens prefilled, "
+        f"{run.pooled} from the pool, "
         f"{run.samples} samples, {run.failed} failed"
     )
 
@@ -152,11 +177,11 @@ def _table(runs: list[_Run], policies: list[str]) -> Table:
     table = Table(
         title=f"medians of {len(runs) // len(policies)} interleaved rounds; ratios to {policies[0]} in brackets"
     )
-    for column in ("policy", "tokens/s", "seconds", "tail s", "preemptions", "migrations", "prefilled"):
+    for column in ("policy", "tokens/s", "seconds", "tail s", "preemptions", "migrations", "prefilled", "pooled"):
         table.add_column(column, justify="left" if column == "policy" else "right")
-    base = [run.outcome for run in runs if run.policy == policies[0]]
+    base = [run.outcome for run in runs if run.contender == policies[0]]
     for name in policies:
-        mine = [run for run in runs if run.policy == name]
+        mine = [run for run in runs if run.contender == name]
         outcomes = [run.outcome for run in mine]
         speed = statistics.median(a.throughput / b.throughput for a, b in zip(outcomes, base, strict=True))
         tail = statistics.median(a.tail_s / max(b.tail_s, 1e-9) for a, b in zip(outcomes, base, strict=True))
@@ -168,8 +193,40 @@ def _table(runs: list[_Run], policies: list[str]) -> Table:
             f"{statistics.median(run.preemptions for run in mine):.0f}",
             f"{statistics.median(run.migrations for run in mine):.0f}",
             f"{statistics.median(run.prefilled for run in mine):.0f}",
+            f"{statistics.median(run.pooled for run in mine):.0f}",
         )
     return table
+
+
+@bench.command("kv")
+def kv(
+    *,
+    tokens: Annotated[int, typer.Option(min=64, help="Prefix that is resumed elsewhere, tokens.")] = 1900,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds of prefill and resume.")] = 5,
+    requests: Annotated[int, typer.Option(min=1, help="Concurrent requests that move at random.")] = 8,
+    chunks: Annotated[int, typer.Option(min=2, help="Chunks of each of them.")] = 6,
+    repeats: Annotated[int, typer.Option(min=1, help="How often those requests are run.")] = 5,
+    kv_pool: Annotated[str, typer.Option(help="KV pool of the local engines: shm or mooncake.")] = "shm",
+    server: _Servers = None,
+    engines: _Engines = 2,
+    seed: Annotated[int, typer.Option(help="Seeds prefixes and routes.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON on stdout.")] = False,
+) -> None:
+    """Measure the KV pool: resuming elsewhere against prefilling again, and requests that move at every chunk."""
+    fleet = {"servers": server or [], "engines": engines, "kv_pool": kv_pool, "dtype": "float32"}
+    work = {"tokens": tokens, "rounds": rounds, "requests": requests, "chunks": chunks, "repeats": repeats}
+    figures = uvloop.run(_measure_pool(resolve({"fleet": fleet}), work | {"seed": seed}))
+    if json:
+        print_json(msgspec.to_builtins(figures))
+    else:
+        typer.echo(msgspec.json.format(msgspec.json.encode(figures)).decode())
+
+
+async def _measure_pool(config: Config, work: dict[str, int]) -> Figures:
+    with tempfile.TemporaryDirectory() as scratch, make_display("plain") as display:
+        async with engine_urls(config, Path(scratch), display) as urls, open_fleet(config, urls) as engines:
+            await engines.attach()
+            return await measure_pool(list(engines.clients.values()), **work)
 
 
 @bench.command("core")

@@ -64,7 +64,7 @@ class Policy:
 
         `tokens` is the chunk's KV bound: the longest sequence it can end with.
         """
-        return most_room(tokens, instances, request.last_engine, self.config.affinity)
+        return most_room(request, tokens, instances, self.config.affinity, self.config.pooled_affinity)
 
     def enough(self, finished: int, total: int) -> bool:
         """Whether the run may end with `finished` of `total` responses."""

@@ -252,9 +252,21 @@ class Audit:
         info, calls = self._up[engine], self._open_on[engine].values()
         share = self._config.engine.kv_fraction if len(calls) > 1 else 1.0  # the first call may have all there is
         room = int((info.num_blocks - 1) * share)
-        need = sum(-(-(len(call.prefix) + call.max_tokens) // info.block_size) for call in calls)
+        need = sum(-(-(len(call.prefix) + call.max_tokens) // info.block_size) for call in calls) - self._shared(engine)
         assert need <= room, f"{engine} has {room} KV blocks for us, its calls may need {need}"
         assert len(calls) <= (info.max_num_seqs or len(calls)), f"{engine} runs {len(calls)} calls"
+
+    def _shared(self, engine: str) -> int:
+        """Blocks counted more than once: those of a prompt are there once for all calls of its group and version."""
+        info = self._up[engine]
+        if not info.shares_prefixes:
+            return 0
+        sharers = Counter(
+            (self.accounts[c.request].group.prompt.id, c.weight_version) for c in self._open_on[engine].values()
+        )
+        prompts = {c.request: self.accounts[c.request].group.prompt for c in self._open_on[engine].values()}
+        blocks = {p.id: (len(p.token_ids or ()) - 1) // info.block_size for p in prompts.values()}
+        return sum((count - 1) * blocks[group] for (group, _), count in sharers.items())
 
     def _stop(self, reason: str, now: float) -> None:
         self.seen[f"Stop {reason}"] += 1

@@ -4,14 +4,15 @@ Invariants: all running calls gain a token per step, and a step takes as long as
 what runs and what is cached never exceed the KV memory; a killed engine answers nothing that it was asked before.
 
 Nothing loops over steps. The engine counts steps as a real number, a call ends when the count reaches its target, and
-the count moves on only when something happens. KV is counted in tokens, without rounding to blocks.
+the count moves on only when something happens. KV is counted in tokens, without rounding to blocks; running calls with
+equal prompts share the prompt's full blocks if the engine shares prefixes.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections import deque
+from collections import Counter, deque
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -58,6 +59,7 @@ class SimulatedEngine:
         self._queue: deque[Work] = deque()
         self._targets: list[tuple[float, str]] = []
         self._cache = PrefixCache()
+        self._sharers: Counter[tuple[int, ...]] = Counter()  # running calls by prompt
         self._base = 0.0  # KV in use is `_base` + running calls * step count
         self._steps = 0.0
         self._as_of = self._clock.now  # of `_steps`; ahead of time while a prefill holds up decoding
@@ -203,9 +205,10 @@ class SimulatedEngine:
             self._prefill(work)
             self._running[work.name] = work
             self._begin(work)
+            self._share(work)
 
     def _prefill(self, work: Work) -> None:
-        prompt = work.prefix[: work.params["extra_args"]["seer_prompt_len"]]
+        prompt = work.prompt
         cached = self._cache.find(work.prefix + work.tokens, prompt)
         self._cache.add(prompt)
         self.prompted += work.length
@@ -222,9 +225,20 @@ class SimulatedEngine:
         self._base -= work.length - work.begun
         self.generated += work.keep(self._steps)
 
+    def _share(self, work: Work) -> None:
+        prompt = work.prompt
+        self._base -= self._shared(prompt) if self._sharers[prompt] else 0
+        self._sharers[prompt] += 1
+
+    def _shared(self, prompt: tuple[int, ...]) -> int:
+        size = self._info.block_size
+        return (len(prompt) - 1) // size * size if self._info.shares_prefixes else 0
+
     def _remove(self, work: Work) -> None:
         del self._running[work.name]
         self._hold(work)
+        self._sharers[work.prompt] -= 1
+        self._base += self._shared(work.prompt) if self._sharers[work.prompt] else 0
 
     def _finish(self, work: Work) -> None:
         self._remove(work)

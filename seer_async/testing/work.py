@@ -32,6 +32,11 @@ class Work(msgspec.Struct, eq=False):
     begun: float = 0.0  # the engine's step count when `ahead` began
 
     @property
+    def prompt(self) -> tuple[int, ...]:
+        """The prompt before any response token."""
+        return tuple(self.prefix[: self.params["extra_args"]["seer_prompt_len"]])
+
+    @property
     def length(self) -> int:
         """Tokens in KV memory, apart from those decoded since `begun`."""
         return len(self.prefix) + len(self.tokens)

@@ -137,6 +137,8 @@ class Scenario:
         least = -(-longest // block) + 1  # one block is the engine's own
         scarce = rng.random() < 0.5
         capabilities = frozenset() if self.divided_noise else frozenset({"position_seeds", "continuation"})
+        later = random.Random(f"engines of {self.seed}")  # what came later must not change the worlds of old seeds
+        shares_prefixes, kv_pool = later.random() < 0.5, later.choice([None, "shm:one"])
         engines = []
         for number in range(rng.randint(1, 6)):
             info = EngineInfo(
@@ -149,6 +151,8 @@ class Scenario:
                 vocab_size=self.model.vocab_size,
                 weight_version="v0",
                 capabilities=capabilities,
+                shares_prefixes=shares_prefixes,
+                kv_pool=kv_pool,
                 dialect="generate" if self.says_versions else "completions",
             )
             cost = LinearCost(base_s=rng.choice([0.01, 0.03]), prefill_token_s=0.0001)

@@ -138,7 +138,7 @@ def room_leaks_on_cancel(patch: pytest.MonkeyPatch) -> None:
 
 @plant
 def kv_room_ignored(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Instance, "has_room", lambda self, tokens: len(self.in_flight) < self.slots)
+    patch.setattr(Instance, "has_room", lambda self, request, tokens: len(self.in_flight) < self.slots)
 
 
 @plant

@@ -13,9 +13,12 @@ from typing import Any
 import vllm
 from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
 from fastapi.responses import FileResponse
+from prometheus_client import REGISTRY
 from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
 from vllm.logger import init_logger
+
+from seer_servers.plugin import kv_routes
 
 logger = init_logger("vllm.seer")
 router = APIRouter(prefix="/v1/seer")
@@ -38,12 +41,16 @@ class SeerEndpoints:
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes."""
         app.include_router(router)
+        app.include_router(kv_routes.router)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         """Ask the workers what they can do; that cannot change while they live."""
         del args
         if engine_client is not None:  # None on a server that only renders prompts
             state.seer_engine = Engine(engine_client, await workers_support(engine_client))
+            state.seer_kv_pool = kv_routes.pool_view(engine_client.vllm_config)
+            if state.seer_kv_pool is not None:
+                REGISTRY.register(kv_routes.PoolMetrics(state.seer_kv_pool))
 
 
 async def workers_support(client: EngineClient) -> dict[str, Any]:
@@ -87,8 +94,15 @@ async def info(request: Request) -> dict[str, Any]:
         "vocab_size": model.get_vocab_size(),
         "logprobs_mode": model.logprobs_mode,
         "weight_version": await engine.client.get_weight_version(),
+        "kv_pool": kv_pool(request),
         **engine.support,
     }
+
+
+def kv_pool(request: Request) -> str | None:
+    """Name the engine's KV pool: equal for engines that share one, None without."""
+    view = getattr(request.app.state, "seer_kv_pool", None)
+    return None if view is None else f"{view.kind}:{view.stats()['pool']}"
 
 
 @router.get("/tokenizer")

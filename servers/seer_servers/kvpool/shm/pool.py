@@ -1,0 +1,88 @@
+"""The embedded pool for the launcher: every engine brings a janitor, so there is only a folder to make and remove."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from seer_async.errors import FleetError
+from seer_servers.kvpool.shm.settings import GIB, Settings
+from seer_servers.kvpool.shm.store import own_folder
+
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - the kernel's shared memory, in a folder of mode 700
+MODULE = "seer_servers.kvpool.shm.connector"
+
+
+class ShmPool:
+    """One fleet's pool in shared memory; what does not fit `capacity_bytes` goes to `spill`, if there is one."""
+
+    kind = "shm"
+
+    def __init__(
+        self, folder: Path, capacity_bytes: int, *, spill_bytes: int = 0, memory: Path = SHARED_MEMORY
+    ) -> None:
+        self._capacity = capacity_bytes
+        self._spill = folder / "kv-spill" if spill_bytes else None
+        self._spill_bytes = spill_bytes
+        self._memory = memory
+        self._root: Path | None = None
+
+    @property
+    def root(self) -> Path:
+        """The pool's folder; known from the start on."""
+        assert self._root is not None, "start() comes first"
+        return self._root
+
+    async def start(self) -> None:
+        """Make the pool's folder.
+
+        Raises:
+            FleetError: There is no shared memory, or too little of it.
+        """
+        try:
+            free = shutil.disk_usage(self._memory).free
+            if free < self._capacity:
+                raise FleetError(
+                    f"{self._memory} has {free / GIB:.1f} GiB free, less than the KV pool's {self._capacity / GIB:.1f} "
+                    "GiB: choose a smaller --kv-pool-gib, mount more shared memory, or use --kv-pool none"
+                )
+            self._root = Path(tempfile.mkdtemp(prefix=f"seer-kv-{os.getuid()}-", dir=self._memory))
+            if self._spill is not None:
+                own_folder(self._spill)
+        except OSError as error:
+            raise FleetError(
+                f"the KV pool cannot use {self._memory}: {error.strerror}; use --kv-pool none to go without"
+            ) from error
+
+    async def stop(self) -> None:
+        """Take the folders away; engines that still run compute what they miss."""
+        for folder in (self._root, self._spill):
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def arguments(self, index: int) -> list[str]:
+        """Return the connector's configuration, the same for every engine."""
+        del index
+        settings = Settings(
+            root=self.root, capacity_bytes=self._capacity, spill=self._spill, spill_bytes=self._spill_bytes
+        )
+        return ["--kv-transfer-config", json.dumps(transfer_config(settings))]
+
+    def env(self, index: int) -> dict[str, str]:
+        """Nothing is needed."""
+        del index
+        return {}
+
+
+def transfer_config(settings: Settings) -> dict[str, object]:
+    """Return vLLM's `--kv-transfer-config` for an engine of this pool."""
+    return {
+        "kv_connector": "SeerShmConnector",
+        "kv_connector_module_path": MODULE,
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": settings.extra_config(),
+    }

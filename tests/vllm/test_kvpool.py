@@ -1,0 +1,210 @@
+"""The shared-memory KV pool between two real engines: what it saves, and that nothing wrong ever comes out of it."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+import uuid
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import httpx
+import psutil
+import pytest
+
+from seer_async.engine import EngineClient
+from seer_async.wire import CallSpec
+from seer_cli.kvbench import measure_pool
+from seer_servers.kvpool.shm.pool import ShmPool
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+    from pathlib import Path
+
+    from seer_async.types import ChunkReply
+    from seer_servers.fleet import LocalFleet
+
+pytestmark = pytest.mark.vllm
+
+PROMPT, PREFIX, MORE = 50, 333, 24  # tokens; nothing is a multiple of a block
+
+
+@pytest.fixture
+async def engines(vllm_fleet: LocalFleet) -> AsyncIterator[list[EngineClient]]:
+    async with aiohttp.ClientSession() as session:
+        clients = [EngineClient(url, session) for url in vllm_fleet.urls]
+        for client in clients:
+            await client.attach(timeout_s=30, trial_timeout_s=60)
+        yield clients
+
+
+@pytest.fixture
+def pool(vllm_fleet: LocalFleet) -> ShmPool:
+    assert isinstance(vllm_fleet.pool, ShmPool)
+    return vllm_fleet.pool
+
+
+class Case:
+    """A prefix, and the salt under which it is used."""
+
+    def __init__(self, seed: int) -> None:
+        rng = random.Random(seed)
+        self.prefix = [rng.randrange(100, 40_000) for _ in range(PREFIX)]
+        self.salt = f"run-{uuid.uuid4().hex}:v1"
+
+    async def on(self, engine: EngineClient, salt: str | None = None, **how: bool) -> ChunkReply:
+        assert engine.info
+        params = {"max_tokens": MORE, "temperature": 0.0, "logprobs": 0, "ignore_eos": True}
+        spec = CallSpec(
+            request_id=uuid.uuid4().hex,
+            model=engine.info.model,
+            prefix=self.prefix,
+            params=params | {"extra_args": {"seer_prompt_len": PROMPT}},
+            cache_salt=salt or self.salt,
+            max_tokens=MORE,
+            **how,
+        )
+        return await engine.generate(spec, engine.info, timeout_s=300)
+
+
+async def test_requests_that_move_lose_one_token_and_change_nothing(engines: list[EngineClient]) -> None:
+    figures = await measure_pool(engines, tokens=900, rounds=2, requests=8, chunks=6, repeats=2, seed=3)
+    assert figures.moves.equal == figures.moves.requests == 16
+    assert figures.moves.moved_chunks > 10
+    assert figures.moves.prefilled_most == 1
+    assert figures.moves.pooled_share > 0.97
+    assert figures.resume.speedup > 3
+
+
+async def test_only_the_same_salt_hits(engines: list[EngineClient]) -> None:
+    case = Case(1)
+    here, there = engines
+    first = await case.on(here)
+    assert (first.cached, first.pooled) == (0, 0)
+    other = await case.on(there, salt=case.salt.replace(":v1", ":v2"))
+    assert (other.cached, other.pooled) == (0, 0)
+    again = await case.on(there)
+    assert again.cached + again.pooled >= PREFIX - PREFIX % 32
+    assert again.pooled > 0
+    assert first.token_ids == other.token_ids == again.token_ids
+
+
+async def test_a_request_may_stay_out_of_the_pool(engines: list[EngineClient]) -> None:
+    here, there = engines
+    case = Case(2)
+    await case.on(here, save=False)
+    assert (await case.on(there)).pooled == 0
+    case = Case(3)
+    await case.on(here)
+    assert (await case.on(there, load=False)).pooled == 0
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda file: file.write_bytes(bytes(reversed(file.read_bytes()))),
+        lambda file: file.write_bytes(file.read_bytes()[:1000]),
+        lambda file: file.write_bytes(file.read_bytes()[:-1] + b"x"),
+        lambda file: file.unlink(),
+    ],
+    ids=["garbage", "cut short", "last byte", "gone"],
+)
+async def test_spoilt_blocks_are_computed_again(
+    engines: list[EngineClient], pool: ShmPool, spoil: Callable[[Path], None]
+) -> None:
+    here, there = engines
+    case = Case(4)
+    first = await case.on(here)
+    before = await there.pool_counters(timeout_s=30)
+    files = blocks(pool, case)
+    assert len(files) >= PREFIX // 32
+    for file in files[len(files) // 2 :]:
+        spoil(file)
+    again = await case.on(there)
+    after = await there.pool_counters(timeout_s=30)
+    assert again.token_ids == first.token_ids
+    assert again.logprobs == pytest.approx(first.logprobs, abs=2e-3)
+    found = after["hits"] - before["hits"] >= PREFIX - PREFIX % 32
+    assert (after["failures"] > before["failures"]) == found  # a block that is gone is not found to begin with
+    healed = await case.on(here)
+    assert healed.token_ids == first.token_ids
+
+
+def blocks(pool: ShmPool, case: Case) -> list[Path]:
+    """The files of a case's blocks, first to last."""
+    folders = [salt.parent for salt in (pool.root / "blocks").glob("*/SALT") if salt.read_text() == case.salt]
+    files = [file for folder in folders for file in folder.iterdir() if file.name != "SALT"]
+    return sorted(files, key=lambda file: int(file.name.split(".")[1], 16))
+
+
+async def test_lookup_and_flush(engines: list[EngineClient], vllm_fleet: LocalFleet) -> None:
+    here, there = engines
+    case = Case(5)
+    run = case.salt.split(":")[0]
+    await case.on(here)
+    async with httpx.AsyncClient(base_url=vllm_fleet.urls[1], timeout=60) as client:
+
+        async def held(salt: str) -> int:
+            body = {"token_ids": case.prefix, "cache_salt": salt}
+            answer: dict[str, Any] = (await client.post("/v1/seer/kv/lookup", json=body)).json()
+            return int(answer["tokens"])
+
+        full = PREFIX - PREFIX % 32
+        assert await held(case.salt) == full
+        assert await held("another:v1") == 0
+        flushed = await client.post("/v1/seer/kv/flush", json={"run": run, "weight_version": "v9"})
+        assert flushed.json() == {"blocks": 0}
+        flushed = await client.post("/v1/seer/kv/flush", json={"run": run, "weight_version": "v1"})
+        assert flushed.json()["blocks"] >= full // 32
+        assert await held(case.salt) == 0
+        for body in ({}, {"run": ""}, {"run": 3}):
+            assert (await client.post("/v1/seer/kv/flush", json=body)).status_code in {400, 422}
+    assert (await case.on(there)).pooled == 0
+
+
+async def test_the_pool_is_on_the_engines_metrics(engines: list[EngineClient]) -> None:
+    stats = await engines[0].stats(timeout_s=30)
+    assert stats.pool is not None
+    assert stats.pool.capacity_bytes > 0
+    assert engines[0].info
+    assert engines[1].info
+    assert engines[0].info.kv_pool == engines[1].info.kv_pool is not None
+
+
+async def test_killed_janitors_are_replaced(engines: list[EngineClient], pool: ShmPool) -> None:
+    killed = janitors(pool)
+    assert killed
+    for process in killed:
+        process.send_signal(signal.SIGKILL)
+    case = Case(6)
+    first = await case.on(engines[0])
+    for _ in range(40):  # engines look after their janitor while they work
+        await Case(7).on(engines[0])
+        if {process.pid for process in janitors(pool)} - {process.pid for process in killed}:
+            break
+    assert janitors(pool)
+    assert (await case.on(engines[1])).token_ids == first.token_ids
+
+
+def janitors(pool: ShmPool) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        command = process.info["cmdline"] or []
+        if "seer_servers.kvpool.shm.janitor" in command and str(pool.root) in command:
+            found.append(process)
+    return found
+
+
+async def test_a_pool_that_vanishes_costs_nothing_but_time(engines: list[EngineClient], pool: ShmPool) -> None:
+    """Last of the file: the folder is put back, but what engines had open in it is another one."""
+    case = Case(8)
+    first = await case.on(engines[0])
+    away = pool.root.with_name(pool.root.name + "-away")
+    pool.root.rename(away)
+    try:
+        again = await asyncio.gather(*(case.on(engine) for engine in engines))
+    finally:
+        away.rename(pool.root)
+    assert [reply.token_ids for reply in again] == [first.token_ids] * 2
+    assert (await case.on(engines[1])).token_ids == first.token_ids
