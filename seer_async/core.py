@@ -101,6 +101,7 @@ class Core:
         self.tokens = 0  # accepted and not thrown away by a restart
         self.retries = 0
         self.migrations = 0
+        self.pooled = 0  # tokens of prefixes that engines loaded from a KV pool, by their own account
         self.restarts = 0
         self._tokenizer = tokenizer
         self._next_call = 0
@@ -267,6 +268,7 @@ class Core:
             pooled=reply.pooled,
         )
         self.migrations += request.last_engine not in {None, chunk.engine}
+        self.pooled += reply.pooled
         request.accept(reply, chunk)
         request.version, request.mixed = version, request.mixed or mixed
         request.failures, request.avoid = 0, None

@@ -38,6 +38,18 @@ class EngineView(msgspec.Struct, frozen=True, kw_only=True):
     last_error: str | None
 
 
+class PoolView(msgspec.Struct, frozen=True, kw_only=True):
+    """The KV pools together. Sizes in bytes; blocks since the engines started; `loaded` are this run's tokens."""
+
+    bytes: int
+    capacity_bytes: int
+    blocks: int
+    loaded: int
+    failures: int  # blocks that were found but had to be computed again
+    refused: int  # blocks that were not saved
+    evictions: int
+
+
 class GroupView(msgspec.Struct, frozen=True, kw_only=True):
     """One unfinished group. Lengths in tokens; `known` says whether the estimate rests on a finished response."""
 
@@ -80,6 +92,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     restarts: int
     preemptions: int
     closing: str | None
+    pool: PoolView | None = None
     engines: list[EngineView]
     groups: list[GroupView]
     tail: list[RequestView]
@@ -116,6 +129,7 @@ def take_snapshot(core: Core, now: float) -> Snapshot:
         restarts=core.restarts,
         preemptions=sum(view.preemptions for view in engines),
         closing=core.closing,
+        pool=_pool(core),
         engines=engines,
         groups=groups,
         tail=[_request(core, r) for _, r in heapq.nlargest(_SHOWN_TAIL, unfinished, key=itemgetter(0))],
@@ -138,6 +152,23 @@ def _engine(instance: Instance, now: float) -> EngineView:
         generated=instance.generated,
         weight_version=instance.version,
         last_error=instance.last_error,
+    )
+
+
+def _pool(core: Core) -> PoolView | None:
+    """Engines that share a pool say the same of its size, and each something of its own about its use."""
+    said = [(i.info.kv_pool, i.stats.pool) for i in core.instances.values() if i.info and i.stats and i.stats.pool]
+    if not said:
+        return None
+    pools = dict(said).values()
+    return PoolView(
+        bytes=sum(pool.bytes for pool in pools),
+        capacity_bytes=sum(pool.capacity_bytes for pool in pools),
+        blocks=sum(pool.blocks for pool in pools),
+        loaded=core.pooled,
+        failures=sum(pool.failures for _, pool in said),
+        refused=sum(pool.refused for _, pool in said),
+        evictions=sum(pool.evictions for pool in pools),
     )
 
 

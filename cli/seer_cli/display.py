@@ -235,6 +235,8 @@ def _figures(snapshot: Snapshot, rate: float | None) -> str:
         "restarts": snapshot.restarts,
         "preemptions": snapshot.preemptions,
     }
+    if snapshot.pool:
+        figures |= {"pooled": snapshot.pool.loaded, "pool_gib": round(snapshot.pool.bytes / 2**30, 2)}
     return " ".join(f"{name}={value}" for name, value in figures.items())
 
 

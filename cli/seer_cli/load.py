@@ -100,7 +100,7 @@ class _Meter:
         taken = list(events)
         start = time.thread_time()
         commands = self._handle(taken, now)
-        if isinstance(taken[0], ChunkFinished):
+        if taken and isinstance(taken[0], ChunkFinished):
             self._decisions.append(time.thread_time() - start)
         return commands
 

@@ -16,8 +16,9 @@ from seer_cli.panel import GAP, Column, Panel, aligned, bar, clean, duration, lo
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from seer_async.snapshot import EngineView, GroupView, RequestView, Snapshot
+    from seer_async.snapshot import EngineView, GroupView, PoolView, RequestView, Snapshot
 
+_GIB = 2**30
 _WIDE = 120  # columns from which panels and facts stand side by side
 _AIRY = 30  # rows from which sections are set apart
 _LABEL = 10
@@ -122,11 +123,23 @@ def _facts(frame: Frame, width: int) -> list[Text]:
         _count(now.restarts, "restarted", _WARN),
         _count(now.preemptions, "preempted", _WARN),
     )
+    pool = [_pool(now.pool)] if now.pool else []
     if frame.final:
-        return [tokens, requests, so_far] if now.waiting + now.parked else [tokens, so_far]
+        return [tokens, *([requests] if now.waiting + now.parked else []), so_far, *pool]
     if width < _WIDE:
-        return [tokens, requests, probes, so_far]
-    return side_by_side([[tokens, requests], [so_far, probes]], (width + GAP) // 2 - GAP)
+        return [tokens, requests, probes, so_far, *pool]
+    return side_by_side([[tokens, requests, *pool], [so_far, probes]], (width + GAP) // 2 - GAP)
+
+
+def _pool(pool: PoolView) -> Text:
+    used = f"{pool.bytes / _GIB:.1f}/{pool.capacity_bytes / _GIB:.1f}"
+    return _fact(
+        "KV pool",
+        Text.assemble((used, "bold"), (" GiB", "dim")),
+        _count(pool.loaded, "tokens loaded"),
+        _count(pool.failures, "failed", _WARN),
+        _count(pool.refused, "refused", _WARN),
+    )
 
 
 def _tokens(frame: Frame) -> list[Text]:

@@ -55,26 +55,44 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-async def test_chunk_size_does_not_matter(vllm_fleet: LocalFleet, tmp_path: Path, name: str) -> None:
+Runs = dict[int, dict[str, Any]]  # samples by id, by chunk size
+
+
+@pytest.fixture(scope="module")
+def runs(vllm_fleet: LocalFleet, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Runs]:
+    """Every option set at every chunk size, all at once: a full batch takes the engines a third of the time."""
+
+    async def everything() -> list[Runs]:
+        return await asyncio.gather(*(_sampled(vllm_fleet, tmp_path_factory.mktemp("run"), name) for name in OPTIONS))
+
+    return dict(zip(OPTIONS, asyncio.run(everything()), strict=True))
+
+
+async def _sampled(fleet: LocalFleet, folder: Path, name: str) -> Runs:
     prompts = read_dataset(default_dataset(), 4)
 
-    async def sampled(size: int) -> dict[str, Any]:
+    async def chunked(size: int) -> dict[str, Any]:
         tree = {
             "rollout": {"n": 2, "chunk_size": size},
             "sampling": {"max_tokens": MAX_TOKENS, "seed": 5} | OPTIONS[name],
-            "scheduler": {"affinity": 0.0},  # move as often as balance allows
+            "scheduler": {"affinity": 0.0, "pooled_affinity": 0.0},  # move as often as balance allows
+            "engine": {"kv_pool": size != 16},  # the pool and computing again must agree, too
         }
-        result = await roll(tmp_path / str(size), vllm_fleet.urls, prompts, tree)
+        result = await roll(folder / str(size), fleet.urls, prompts, tree)
         assert result.exit_code == 0
-        return samples(tmp_path / str(size))
+        return samples(folder / str(size))
 
-    runs = dict(zip(CHUNK_SIZES, await asyncio.gather(*map(sampled, CHUNK_SIZES)), strict=True))
-    whole = runs[0]
+    return dict(zip(CHUNK_SIZES, await asyncio.gather(*map(chunked, CHUNK_SIZES)), strict=True))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_chunk_size_does_not_matter(runs: dict[str, Runs], name: str) -> None:
+    mine = runs[name]
+    whole = mine[0]
     assert all(len(sample["chunks"]) == 1 for sample in whole.values())
-    assert any(len(sample["chunks"]) > 3 for sample in runs[7].values())
+    assert any(len(sample["chunks"]) > 3 for sample in mine[7].values())
     for size in CHUNK_SIZES[:-1]:
-        for key, sample in runs[size].items():
+        for key, sample in mine[size].items():
             expected = whole[key]
             assert sample["token_ids"] == expected["token_ids"], f"{key} differs at chunk size {size}"
             assert sample["text"] == expected["text"]
@@ -85,6 +103,14 @@ async def test_chunk_size_does_not_matter(vllm_fleet: LocalFleet, tmp_path: Path
                 assert [len(tops) for tops in sample["top_logprobs"]] == [3] * len(sample["token_ids"])
 
 
+def test_chunks_moved_and_were_loaded(runs: dict[str, Runs]) -> None:
+    """What is compared above has really been on several engines, with KV that came from the pool."""
+    chunks = [chunk for mine in runs.values() for sample in mine[7].values() for chunk in sample["chunks"]]
+    assert len({chunk["engine"] for chunk in chunks}) == 2
+    assert sum(chunk["pooled"] for chunk in chunks) > 0
+    assert not any(chunk["pooled"] for mine in runs.values() for s in mine[16].values() for chunk in s["chunks"])
+
+
 @pytest.mark.parametrize("name", ["greedy, stop strings", "greedy, penalties", "greedy, min_tokens"])
 async def test_undivided_through_us_is_vllm_itself(vllm_fleet: LocalFleet, tmp_path: Path, name: str) -> None:
     """Text, tokens and finish reason are those of a plain /v1/completions call."""
@@ -93,10 +119,13 @@ async def test_undivided_through_us_is_vllm_itself(vllm_fleet: LocalFleet, tmp_p
     await roll(tmp_path / "run", vllm_fleet.urls, prompts, tree)
     async with httpx.AsyncClient(base_url=vllm_fleet.urls[0], timeout=120) as client:
         model = (await client.get("/v1/models")).json()["data"][0]["id"]
-        for sample in samples(tmp_path / "run").values():
+
+        async def compare(sample: dict[str, Any]) -> None:
             body = {"model": model, "prompt": sample["prompt_token_ids"], "max_tokens": MAX_TOKENS}
             body["return_token_ids"] = True
             choice = (await client.post("/v1/completions", json=body | OPTIONS[name])).json()["choices"][0]
             assert sample["token_ids"] == choice["token_ids"]
             assert sample["text"] == choice["text"]
             assert sample["finish_reason"] == choice["finish_reason"]
+
+        await asyncio.gather(*map(compare, samples(tmp_path / "run").values()))
