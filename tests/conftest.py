@@ -10,11 +10,13 @@ import pytest
 from anyio.from_thread import start_blocking_portal
 
 from seer_servers.fleet import EngineSpec, LocalFleet
+from seer_servers.kvpool.shm.pool import ShmPool
 from seer_servers.model import ensure_default_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+POOL_BYTES = 1 << 30
 START_AND_TEST_S = 1200  # two engines and the tests share what may be two busy cores
 
 
@@ -36,11 +38,13 @@ def vllm_installed() -> None:
 
 @pytest.fixture(scope="session")
 def vllm_fleet(vllm_installed: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFleet]:
-    """Two real engines in float32, where chunked and continuous greedy runs agree bit for bit; `.urls`, `.engines`.
+    """Two real engines that share a KV pool: `.urls`, `.engines`, `.pool`.
 
-    The fleet lives on an event loop of its own, in a thread, so that it outlives each test's loop.
+    In float32 chunked and continuous greedy runs agree bit for bit. The fleet lives on an event loop of its own, in a
+    thread, so that it outlives each test's loop.
     """
     spec = EngineSpec(model=str(ensure_default_model()), dtype="float32", max_model_len=2048)
-    fleet = LocalFleet(spec, 2, tmp_path_factory.mktemp("fleet"))
+    folder = tmp_path_factory.mktemp("fleet")
+    fleet = LocalFleet(spec, 2, folder, pool=ShmPool(folder, POOL_BYTES))
     with start_blocking_portal() as portal, portal.wrap_async_context_manager(fleet):
         yield fleet

@@ -292,7 +292,7 @@ class TestFleet:
 
     async def test_one_bad_engine_takes_the_others_down(self, spec: EngineSpec, tmp_path: Path) -> None:
         fleet = LocalFleet(spec, 2, tmp_path)
-        fleet.engines[1]._command.append("--die")
+        fleet.engines[1]._arguments.append("--die")
         with pytest.raises(FleetError, match="engine-1 ended"):
             await fleet.__aenter__()
         assert not members(fleet.engines[0].process.pid)
@@ -319,7 +319,7 @@ class TestFleet:
         lines: list[str] = []
         async with LocalFleet(spec, 1, tmp_path, say=lines.append) as fleet:
             (engine,) = fleet.engines
-            engine._command.append("--die")
+            engine._arguments.append("--die")
             engine.process.kill()
             await asyncio.wait_for(fleet._keepers[0], 30)
             assert engine.epoch == 3

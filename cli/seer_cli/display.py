@@ -216,7 +216,7 @@ def _percent(snapshot: Snapshot) -> int:
 def _figures(snapshot: Snapshot, rate: float | None) -> str:
     up = sum(view.state == "up" for view in snapshot.engines)
     seconds = eta(snapshot, rate)
-    figures = {
+    figures: dict[str, str | float] = {
         "done": snapshot.done,
         "failed": snapshot.failed,
         "total": snapshot.total,

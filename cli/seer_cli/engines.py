@@ -5,8 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from seer_async.config import FleetConfig
     from seer_servers.fleet import EngineSpec
+    from seer_servers.kvpool.pool import Pool
+
+
+def local_pool(config: FleetConfig, run_dir: Path) -> Pool | None:
+    """What the local engines share KV through."""
+    from seer_servers.kvpool.launch import make_pool  # noqa: PLC0415 - only where engines are started
+
+    return make_pool(config.kv_pool, run_dir, capacity_gib=config.kv_pool_gib)
 
 
 def local_spec(config: FleetConfig) -> EngineSpec:

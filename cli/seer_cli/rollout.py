@@ -24,7 +24,7 @@ from seer_async.rollout import Rollout, open_fleet
 from seer_async.runfolder import RunFolder, require_fresh
 from seer_async.types import Prompt
 from seer_cli.display import make_display
-from seer_cli.engines import local_spec
+from seer_cli.engines import local_pool, local_spec
 from seer_cli.options import config_from, given
 from seer_cli.output import machine_errors, print_json
 from seer_cli.process import calm_gc
@@ -336,8 +336,8 @@ async def engine_urls(config: Config, run_dir: Path, display: Display) -> AsyncI
         raise FleetError("vLLM is not installed here; run `make setup`, or name running servers with --server URL")
     from seer_servers.fleet import LocalFleet  # noqa: PLC0415 - only where engines are started
 
-    spec = local_spec(config.fleet)
-    async with LocalFleet(spec, config.fleet.engines, run_dir, say=display.phase) as fleet:
+    spec, pool = local_spec(config.fleet), local_pool(config.fleet, run_dir)
+    async with LocalFleet(spec, config.fleet.engines, run_dir, pool=pool, say=display.phase) as fleet:
         yield fleet.urls
 
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
+    from seer_servers.kvpool.pool import Pool
+
 HOST = "127.0.0.1"
 START_TIMEOUT_S = 900.0  # a large model on a cold disk, its kernels compiled for the first time
 HEALTH_POLL_S = 0.25
@@ -86,13 +88,16 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
 class LocalEngine:
     """One engine: a URL that lasts, and the process that serves it now."""
 
-    def __init__(self, index: int, port: int, spec: EngineSpec, placement: Placement, run_dir: Path) -> None:
+    def __init__(
+        self, index: int, port: int, spec: EngineSpec, placement: Placement, run_dir: Path, *, pool: Pool | None = None
+    ) -> None:
         self.name = f"engine-{index}"
         self.url = f"http://{HOST}:{port}"
         self.log = run_dir / "logs" / f"{self.name}.log"
         self.epoch = 0
-        arguments = spec.arguments(port, placement)
-        self._command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments]
+        self._index = index
+        self._pool = pool
+        self._arguments = spec.arguments(port, placement)
         inherited = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
         self._env = inherited | ENV | placement.env | spec.extra_env
         self._process: Process | None = None
@@ -111,7 +116,10 @@ class LocalEngine:
         """
         await self.stop()
         self.epoch += 1
-        self._process = await Process.start(self._command, self._env, self.log)
+        pooling = self._pool.arguments(self._index) if self._pool else []
+        env = (self._pool.env(self._index) if self._pool else {}) | self._env
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *pooling, *self._arguments]
+        self._process = await Process.start(command, env, self.log)
         deadline = time.monotonic() + START_TIMEOUT_S
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session:
             while not await self._healthy(session):
@@ -138,14 +146,24 @@ class LocalEngine:
 
 
 class LocalFleet:
-    """A fleet of `count` engines, up while the `async with` block lasts; `say` is told what happens, line by line."""
+    """A fleet of `count` engines, up while the `async with` block lasts; `say` is told what happens, line by line.
+
+    The engines share `pool`, if there is one; its services start before them and end after them.
+    """
 
     def __init__(
-        self, spec: EngineSpec, count: int, run_dir: Path, *, say: Callable[[str], None] = lambda _: None
+        self,
+        spec: EngineSpec,
+        count: int,
+        run_dir: Path,
+        *,
+        pool: Pool | None = None,
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
         placements = place(count, spec.model)
         ports = free_ports(count)
-        self.engines = [LocalEngine(i, ports[i], spec, placements[i], run_dir) for i in range(count)]
+        self.pool = pool
+        self.engines = [LocalEngine(i, ports[i], spec, placements[i], run_dir, pool=pool) for i in range(count)]
         self._say = say
         self._keepers: list[asyncio.Task[None]] = []
 
@@ -169,6 +187,8 @@ class LocalFleet:
         await self._stop()
 
     async def _start(self) -> None:
+        if self.pool:
+            await self.pool.start()
         news = asyncio.create_task(self._tell_progress())
         try:
             async with asyncio.TaskGroup() as group:
@@ -212,6 +232,8 @@ class LocalFleet:
             keeper.cancel()
         await asyncio.gather(*self._keepers, return_exceptions=True)
         await asyncio.gather(*(engine.stop() for engine in self.engines))
+        if self.pool:
+            await self.pool.stop()
 
 
 def free_ports(count: int) -> list[int]:

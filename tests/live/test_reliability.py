@@ -83,7 +83,7 @@ async def test_engines_killed_at_random(tmp_path: Path) -> None:
             await engine.start()
 
         async with asyncio.TaskGroup() as tasks:
-            for _ in range(KILLS):
+            while len(restarts) < KILLS:
                 await asyncio.sleep(rng.uniform(0.05, 0.4))
                 down = {task.get_name() for task in restarts if not task.done()}
                 alive = [engine for engine in engines if engine.url not in down]
@@ -94,7 +94,8 @@ async def test_engines_killed_at_random(tmp_path: Path) -> None:
     restarts: list[asyncio.Task[None]] = []
     with mock_engines(*[SLOW] * 4) as engines:
         chaos = asyncio.create_task(havoc(engines))
-        result = await roll(tmp_path / "run", [e.url for e in engines], prompts(groups), TREE)
+        storm = TREE | {"rollout": TREE["rollout"] | {"max_attempts": 50}}  # no engine lives for more than seconds
+        result = await roll(tmp_path / "run", [e.url for e in engines], prompts(groups), storm)
         chaos.cancel()
         await asyncio.wait([chaos])
     assert result.exit_code == 0

@@ -1,0 +1,34 @@
+"""From a pool's name to the pool."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from seer_async.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from seer_servers.kvpool.pool import Pool
+
+KINDS = ("shm", "mooncake", "none")
+
+
+def make_pool(kind: str, folder: Path, *, capacity_gib: float) -> Pool | None:
+    """Return the pool for a fleet whose files lie in `folder`, not started; None for "none".
+
+    Raises:
+        ConfigError: There is no such kind.
+    """
+    capacity = int(capacity_gib * 2**30)
+    if kind == "shm":
+        from seer_servers.kvpool.shm.pool import ShmPool  # noqa: PLC0415 - only the one that is wanted
+
+        return ShmPool(folder, capacity)
+    if kind == "mooncake":
+        from seer_servers.kvpool.mooncake import MooncakePool  # noqa: PLC0415 - as above
+
+        return MooncakePool(folder, capacity)
+    if kind == "none":
+        return None
+    raise ConfigError(f"fleet.kv_pool must be one of {', '.join(KINDS)}, not {kind!r}")
