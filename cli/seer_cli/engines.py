@@ -12,11 +12,18 @@ if TYPE_CHECKING:
     from seer_servers.kvpool.pool import Pool
 
 
-def local_pool(config: FleetConfig, run_dir: Path) -> Pool | None:
+def local_pool(config: FleetConfig, spec: EngineSpec, run_dir: Path) -> Pool | None:
     """What the local engines share KV through."""
     from seer_servers.kvpool.launch import make_pool  # noqa: PLC0415 - only where engines are started
 
-    return make_pool(config.kv_pool, run_dir, capacity_gib=config.kv_pool_gib)
+    return make_pool(pool_kind(config.kv_pool), run_dir, capacity_gib=config.kv_pool_gib, spec=spec)
+
+
+def pool_kind(asked: str) -> str:
+    """What "auto" means here: a pool where a prefill costs more than a copy, which on one GPU it seldom does."""
+    from seer_servers.placement import visible_gpus  # noqa: PLC0415 - as above
+
+    return asked if asked != "auto" else "none" if visible_gpus() else "shm"
 
 
 def local_spec(config: FleetConfig) -> EngineSpec:

@@ -98,6 +98,14 @@ def rollout(
             show_default=False,
         ),
     ] = None,
+    kv_pool: Annotated[
+        str | None,
+        typer.Option(
+            help="What local engines share KV through: shm, mooncake, none, or auto (shm on CPUs). [default: auto]",
+            rich_help_panel=_FLEET,
+            show_default=False,
+        ),
+    ] = None,
     engines: Annotated[
         int | None, typer.Option(help="Local vLLM engines to start. [default: 2]", rich_help_panel=_FLEET)
     ] = None,
@@ -175,6 +183,7 @@ def rollout(
         "sampling.stop": stop,
         "scheduler.policy": policy,
         "fleet.servers": server,
+        "fleet.kv_pool": kv_pool,
         "fleet.engines": engines,
         "fleet.model": model,
         "fleet.tokenizer": tokenizer,
@@ -336,7 +345,8 @@ async def engine_urls(config: Config, run_dir: Path, display: Display) -> AsyncI
         raise FleetError("vLLM is not installed here; run `make setup`, or name running servers with --server URL")
     from seer_servers.fleet import LocalFleet  # noqa: PLC0415 - only where engines are started
 
-    spec, pool = local_spec(config.fleet), local_pool(config.fleet, run_dir)
+    spec = local_spec(config.fleet)
+    pool = local_pool(config.fleet, spec, run_dir)
     async with LocalFleet(spec, config.fleet.engines, run_dir, pool=pool, say=display.phase) as fleet:
         yield fleet.urls
 

@@ -66,7 +66,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     extra_args: tuple[str, ...] = ()
     extra_env: dict[str, str] = {}
 
-    def arguments(self, port: int, placement: Placement) -> list[str]:
+    def arguments(self, port: int, placement: Placement, host: str = HOST) -> list[str]:
         """Return vLLM's command-line arguments for an engine on `port`, in its place."""
         wanted = {
             "--model": self.model,
@@ -80,13 +80,16 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
             "--logprobs-mode": self.logprobs_mode,
         }
         given = {name: str(value) for name, value in wanted.items() if value is not None}
-        options = {"--host": HOST, "--port": str(port)} | SWITCHES | placement.options | given
+        options = {"--host": host, "--port": str(port)} | SWITCHES | placement.options | given
         words = [word for name, value in options.items() for word in (name, value) if word is not None]
         return [*words, *self.extra_args]
 
 
 class LocalEngine:
-    """One engine: a URL that lasts, and the process that serves it now."""
+    """One engine: a URL that lasts, and the process that serves it now.
+
+    `state` is "starting", "up", "dead" (and about to start again) or "given up".
+    """
 
     def __init__(
         self, index: int, port: int, spec: EngineSpec, placement: Placement, run_dir: Path, *, pool: Pool | None = None
@@ -95,11 +98,13 @@ class LocalEngine:
         self.url = f"http://{HOST}:{port}"
         self.log = run_dir / "logs" / f"{self.name}.log"
         self.epoch = 0
+        self.state = "starting"
         self._index = index
         self._pool = pool
         self._arguments = spec.arguments(port, placement)
         inherited = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
-        self._env = inherited | ENV | placement.env | spec.extra_env
+        self._env = inherited | ENV | placement.env
+        self._extra_env = spec.extra_env
         self._process: Process | None = None
 
     @property
@@ -108,18 +113,27 @@ class LocalEngine:
         assert self._process is not None, "start() comes first"
         return self._process
 
+    @property
+    def pid(self) -> int | None:
+        """The process group of this epoch, None before the first."""
+        return self._process and self._process.pid
+
     async def start(self) -> None:
-        """Start a new epoch and return when it answers; what is left of the last one is stopped first.
+        """Start a new epoch; what is left of the last one is stopped first."""
+        await self.stop()
+        self.epoch += 1
+        self.state = "starting"
+        pooling = self._pool.arguments(self._index) if self._pool else []
+        env = self._env | (self._pool.env(self._index) if self._pool else {}) | self._extra_env
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *pooling, *self._arguments]
+        self._process = await Process.start(command, env, self.log)
+
+    async def wait_ready(self) -> None:
+        """Return when this epoch answers.
 
         Raises:
             FleetError: The process ended, or does not answer in `START_TIMEOUT_S` seconds.
         """
-        await self.stop()
-        self.epoch += 1
-        pooling = self._pool.arguments(self._index) if self._pool else []
-        env = (self._pool.env(self._index) if self._pool else {}) | self._env
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *pooling, *self._arguments]
-        self._process = await Process.start(command, env, self.log)
         deadline = time.monotonic() + START_TIMEOUT_S
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session:
             while not await self._healthy(session):
@@ -128,6 +142,7 @@ class LocalEngine:
                 if time.monotonic() > deadline:
                     raise FleetError(f"{self.name} is not ready after {START_TIMEOUT_S:.0f} s: {self.why()}")
                 await asyncio.sleep(HEALTH_POLL_S)
+        self.state = "up"
 
     async def stop(self) -> None:
         """End this epoch, if there is one, and all its processes."""
@@ -201,8 +216,9 @@ class LocalFleet:
 
     async def _start_one(self, engine: LocalEngine) -> None:
         started = time.monotonic()
-        self._say(f"{engine.name} starts at {engine.url}, log in {engine.log}")
         await engine.start()
+        self._say(f"{engine.name} starts at {engine.url}, log in {engine.log}")
+        await engine.wait_ready()
         self._say(f"{engine.name} is ready after {time.monotonic() - started:.0f} s")
 
     async def _tell_progress(self) -> None:
@@ -218,6 +234,7 @@ class LocalFleet:
             ready = time.monotonic()
             await engine.process.wait()
             failures = 1 if time.monotonic() - ready > STABLE_S else failures + 1
+            engine.state = "dead" if failures <= MAX_RESTARTS else "given up"
             if failures > MAX_RESTARTS:
                 self._say(f"{engine.name} is given up, it died {failures} times in a row: {engine.why()}")
                 return

@@ -9,13 +9,14 @@ from seer_async.errors import ConfigError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from seer_servers.fleet import EngineSpec
     from seer_servers.kvpool.pool import Pool
 
 KINDS = ("shm", "mooncake", "none")
 
 
-def make_pool(kind: str, folder: Path, *, capacity_gib: float) -> Pool | None:
-    """Return the pool for a fleet whose files lie in `folder`, not started; None for "none".
+def make_pool(kind: str, folder: Path, *, capacity_gib: float, spec: EngineSpec) -> Pool | None:
+    """Return the pool for a fleet of such engines, whose files lie in `folder`, not started; None for "none".
 
     Raises:
         ConfigError: There is no such kind.
@@ -26,9 +27,9 @@ def make_pool(kind: str, folder: Path, *, capacity_gib: float) -> Pool | None:
 
         return ShmPool(folder, capacity)
     if kind == "mooncake":
-        from seer_servers.kvpool.mooncake import MooncakePool  # noqa: PLC0415 - as above
+        from seer_servers.kvpool.mooncake import MooncakePool, model_namespace  # noqa: PLC0415 - as above
 
-        return MooncakePool(folder, capacity)
+        return MooncakePool(folder, capacity, namespace=model_namespace(spec.model, spec.dtype))
     if kind == "none":
         return None
     raise ConfigError(f"fleet.kv_pool must be one of {', '.join(KINDS)}, not {kind!r}")

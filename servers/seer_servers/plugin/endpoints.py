@@ -3,6 +3,7 @@
 Both lie under /v1, so vLLM's `--api-key` guards them. What the workers can do is asked of the workers.
 """
 
+import asyncio
 import uuid
 from argparse import Namespace
 from dataclasses import dataclass
@@ -48,9 +49,11 @@ class SeerEndpoints:
         del args
         if engine_client is not None:  # None on a server that only renders prompts
             state.seer_engine = Engine(engine_client, await workers_support(engine_client))
-            state.seer_kv_pool = kv_routes.pool_view(engine_client.vllm_config)
-            if state.seer_kv_pool is not None:
-                REGISTRY.register(kv_routes.PoolMetrics(state.seer_kv_pool))
+            state.seer_kv_pool = view = kv_routes.pool_view(engine_client.vllm_config)
+            state.seer_kv_pool_name = None
+            if view is not None:
+                state.seer_kv_pool_name = f"{view.kind}:{(await asyncio.to_thread(view.stats))['pool']}"
+                REGISTRY.register(kv_routes.PoolMetrics(view))
 
 
 async def workers_support(client: EngineClient) -> dict[str, Any]:
@@ -74,7 +77,10 @@ def _engine(request: Request) -> Engine:
 
 @router.get("/info")
 async def info(request: Request) -> dict[str, Any]:
-    """Describe the engine. Lengths and `block_size` are in tokens; `num_blocks` sums data-parallel ranks."""
+    """Describe the engine. Lengths and `block_size` are in tokens; `num_blocks` sums data-parallel ranks.
+
+    `kv_pool` is equal for engines that share a pool, and None without one.
+    """
     engine = _engine(request)
     config = engine.client.vllm_config
     model, scheduler, cache = config.model_config, config.scheduler_config, config.cache_config
@@ -94,15 +100,9 @@ async def info(request: Request) -> dict[str, Any]:
         "vocab_size": model.get_vocab_size(),
         "logprobs_mode": model.logprobs_mode,
         "weight_version": await engine.client.get_weight_version(),
-        "kv_pool": kv_pool(request),
+        "kv_pool": request.app.state.seer_kv_pool_name,
         **engine.support,
     }
-
-
-def kv_pool(request: Request) -> str | None:
-    """Name the engine's KV pool: equal for engines that share one, None without."""
-    view = getattr(request.app.state, "seer_kv_pool", None)
-    return None if view is None else f"{view.kind}:{view.stats()['pool']}"
 
 
 @router.get("/tokenizer")

@@ -189,7 +189,10 @@ class Janitors:
         """Start it if it does not run. It ends by itself soon after us."""
         if self._child is None or self._child.poll() is not None:
             self._child = subprocess.Popen(  # noqa: S603 - our own words, no shell
-                self._command, stdin=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}
+                self._command,
+                stdin=subprocess.PIPE,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                start_new_session=True,  # whoever kills the engine's process group must not kill the one who tidies up
             )
 
 

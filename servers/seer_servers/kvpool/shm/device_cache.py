@@ -89,12 +89,15 @@ class DeviceCache:
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    if not tensor[0].is_contiguous():
+    """A layer as [block, byte], whatever the order of dimensions within a block."""
+    block = tensor[0]
+    span = 1 + sum((size - 1) * stride for size, stride in zip(block.shape, block.stride(), strict=True))
+    if span != block.numel():
         raise ValueError(
             f"the shared-memory KV pool needs a block in one piece within each layer, but the strides are "
             f"{tensor.stride()} for shape {tuple(tensor.shape)}: use --kv-pool none"
         )
-    width = tensor[0].numel() * tensor.element_size()
+    width = block.numel() * tensor.element_size()
     stride = tensor.stride(0) * tensor.element_size()
     flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
     return flat.as_strided((tensor.shape[0], width), (stride, 1), tensor.storage_offset() * tensor.element_size())
