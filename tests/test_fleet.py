@@ -204,7 +204,7 @@ class TestProcess:
         child = await self.start(tmp_path, self.STUBBORN)
         assert len(members(child.pid)) == 3, "guard, child, grandchild"
         await child.stop()
-        assert not members(child.pid)
+        wait_until(lambda: not members(child.pid))
 
     async def test_the_guard_asks_before_it_kills(self, tmp_path: Path) -> None:
         code = "import signal, sys, time\ndef end(*_): print('tidy', flush=True); sys.exit()\n"
@@ -259,6 +259,33 @@ class TestProcess:
         await child.wait()
         assert "old" not in child.last_words()
         assert "old" in (tmp_path / "logs" / "p.log").read_text()
+
+
+class FakePool:
+    """Writes down its life and, told by `lived`, its engines'."""
+
+    kind = "fake"
+    fleet: LocalFleet
+
+    def __init__(self, *, broken: bool = False) -> None:
+        self.life: list[str] = []
+        self.lived = self.life.append
+        self._broken = broken
+
+    async def start(self) -> None:
+        self.life.append("pool starts")
+        if self._broken:
+            raise FleetError("no memory")
+
+    async def stop(self) -> None:
+        left = [engine for engine in self.fleet.engines if engine.pid and engine.process.alive]
+        self.life.append(f"pool stops with {len(left)} engines left")
+
+    def arguments(self, index: int) -> list[str]:
+        return ["--pooled", str(index)]
+
+    def env(self, index: int) -> dict[str, str]:
+        return {"POOLED": str(index), "BOTH": "the pool's"}
 
 
 class TestFleet:
@@ -337,6 +364,33 @@ class TestFleet:
         with pytest.raises(asyncio.CancelledError):
             await entering
         assert not members(engine.process.pid)
+
+    async def test_the_pool_comes_first_goes_last_and_reaches_every_life(
+        self, spec: EngineSpec, tmp_path: Path
+    ) -> None:
+        pool = FakePool()
+        env = spec.extra_env | {"SHOW": '["POOLED", "BOTH"]', "BOTH": "mine"}
+        fleet = LocalFleet(msgspec.structs.replace(spec, extra_env=env), 2, tmp_path, pool=pool, say=pool.lived)
+        pool.fleet = fleet
+        async with fleet:
+            for index, engine in enumerate(fleet.engines):
+                seen = await asyncio.to_thread(ask, engine.url)
+                assert seen["argv"][1:3] == ["--pooled", str(index)]  # type: ignore[index]
+                assert seen["env"] == {"POOLED": str(index), "BOTH": "mine"}, "what the caller asks for comes last"
+            fleet.engines[1].process.kill()
+            await eventually(lambda: fleet.engines[1].epoch == 2 and fleet.engines[1].state == "up")
+            assert (await asyncio.to_thread(ask, fleet.engines[1].url))["env"]["POOLED"] == "1"  # type: ignore[index]
+        assert pool.life[0] == "pool starts"
+        assert pool.life[1].startswith("engine-")
+        assert pool.life[-1] == "pool stops with 0 engines left"
+
+    async def test_a_pool_that_does_not_start_takes_no_engine_with_it(self, spec: EngineSpec, tmp_path: Path) -> None:
+        pool = FakePool(broken=True)
+        fleet = pool.fleet = LocalFleet(spec, 1, tmp_path, pool=pool)
+        with pytest.raises(FleetError, match="no memory"):
+            await fleet.__aenter__()
+        assert fleet.engines[0].pid is None
+        assert pool.life == ["pool starts", "pool stops with 0 engines left"], "a half-started one is cleaned up"
 
     def test_ports_differ(self) -> None:
         assert len(set(free_ports(50))) == 50

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -128,6 +129,30 @@ class TestBlocks:
         assert store.tier(block(9)) is None
         assert read(store, saved) is not None
         assert not list((store.root / "tmp").iterdir())
+
+    @pytest.mark.parametrize(
+        ("number", "says"),
+        [
+            (errno.EROFS, Written.READ_ONLY),
+            (errno.EACCES, Written.READ_ONLY),
+            (errno.ENOSPC, Written.FULL),
+            (errno.EIO, Written.FAILED),
+        ],
+    )
+    def test_a_pool_that_cannot_be_written_still_loads(
+        self, store: Store, monkeypatch: pytest.MonkeyPatch, number: int, says: Written
+    ) -> None:
+        saved = save(store, 7)
+        real = os.open
+
+        def refuse(path: str, flags: int, *more: int) -> int:
+            if flags & os.O_CREAT:
+                raise OSError(number, os.strerror(number))
+            return real(path, flags, *more)
+
+        monkeypatch.setattr(os, "open", refuse)
+        assert store.write(block(8), SALT, content(8)) is says
+        assert read(store, saved) == bytes([7]) * SIZE
 
     def test_a_folder_that_others_may_write_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "pool").mkdir(mode=0o700)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.vllm
 
 CHUNK_SIZES = (7, 16, 64, 0)
-MAX_TOKENS = 80
+MAX_TOKENS = 64
 OPTIONS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "greedy, penalties": {
@@ -34,7 +34,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "greedy, stop strings": {"temperature": 0.0, "stop": [" the", "\n\n", "ion of"]},
     "greedy, stop string kept": {"temperature": 0.0, "stop": ["ing "], "include_stop_str_in_output": True},
-    "greedy, min_tokens": {"temperature": 0.0, "min_tokens": 70},
+    "greedy, min_tokens": {"temperature": 0.0, "min_tokens": 58},
     "greedy, no eos": {"temperature": 0.0, "ignore_eos": True},
     "greedy, bad words, bias": {
         "temperature": 0.0,

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.vllm
 
-BLOCK, PROMPT, FIRST, SECOND = 32, 600, 128, 32  # tokens
+BLOCK, PROMPT, FIRST, SECOND = 32, 288, 64, 16  # tokens
 RUN = uuid.uuid4().hex
 
 

@@ -37,6 +37,7 @@ class FakeClient:
             scheduler_config=SimpleNamespace(max_num_seqs=8, max_num_batched_tokens=512),
             cache_config=SimpleNamespace(block_size=32, num_gpu_blocks=99),
             use_v2_model_runner=False,
+            kv_transfer_config=None,
         )
 
     async def collective_rpc(self, method):
@@ -84,6 +85,7 @@ class TestEndpoints:
             "vocab_size": VOCAB,
             "logprobs_mode": "raw_logprobs",
             "weight_version": "7",
+            "kv_pool": None,
             "boot_id": "b0",
             "runner": "v1",
             "capabilities": ["continuation"],
@@ -112,10 +114,19 @@ class TestEndpoints:
         assert answer.status_code == 404
         assert "not a fast one" in answer.json()["detail"]
 
-    async def test_vllm_s_api_key_guards_both_routes(self, tmp_path):
+    async def test_vllm_s_api_key_guards_all_routes(self, tmp_path):
         guarded = await serve(FakeClient([report()], tokenizer_folder=tmp_path), key="secret")
-        assert [guarded.get(f"/v1/seer/{route}").status_code for route in ("info", "tokenizer")] == [401, 401]
+        routes = ("info", "tokenizer", "kv/stats")
+        assert [guarded.get(f"/v1/seer/{route}").status_code for route in routes] == [401, 401, 401]
+        body = {"run": "r", "token_ids": [1], "cache_salt": "s"}
+        posts = [guarded.post(f"/v1/seer/kv/{route}", json=body).status_code for route in ("flush", "lookup")]
+        assert posts == [401, 401]
         assert guarded.get("/v1/seer/info", headers={"Authorization": "Bearer secret"}).status_code == 200
+
+    async def test_an_engine_without_a_pool_says_so(self, tmp_path):
+        client = await serve(FakeClient([report()], tokenizer_folder=tmp_path))
+        assert client.get("/v1/seer/kv/stats").status_code == 404
+        assert client.post("/v1/seer/kv/flush", json={"run": "r"}).status_code == 404
 
     async def test_a_server_without_an_engine_says_so(self):
         assert (await serve(None)).get("/v1/seer/info").status_code == 503

@@ -50,7 +50,7 @@ async def test_a_killed_engine_costs_its_chunks_in_flight_only(vllm_fleet: Local
     prompts = read_dataset(default_dataset(), 6)
     tree = {
         "rollout": {"n": 4, "chunk_size": 24},
-        "sampling": {"max_tokens": 144, "temperature": 1.0, "seed": 3, "ignore_eos": True},
+        "sampling": {"max_tokens": 96, "temperature": 1.0, "seed": 3, "ignore_eos": True},
     }
     await roll(tmp_path / "quiet", vllm_fleet.urls, prompts, tree)
 

@@ -3,14 +3,20 @@
 Invariants: what is gathered is copied on the compute stream, after the forward that made it and before the next one,
 so the engine may reuse the blocks at once; what is filled goes through a stream of its own, into blocks that vLLM gives
 to nobody until we say that they are there. Waiting happens in `settle`, which a thread of ours calls.
+
+On the host a block is one piece, all layers one after the other: a thread that reads or writes files beside a busy
+engine should ask Python for as little as it can.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 from vllm.v1.kv_cache_interface import group_kernel_blocks
+
+from seer_servers.kvpool.shm.layers import in_order
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -44,26 +50,30 @@ class Arriving:
 
 
 class DeviceCache:
-    """All layers' tensors, seen as bytes: one row for each block."""
+    """All layers' tensors, seen as bytes: [block, layer, byte] where they lie evenly in one piece of memory.
+
+    Elsewhere each layer is moved by itself, which costs a kernel launch a layer.
+    """
 
     threaded = True
 
     def __init__(self, layers: Mapping[str, torch.Tensor], num_blocks: int) -> None:
-        self._layers = [_rows(group_kernel_blocks(tensor, num_blocks)) for _, tensor in sorted(layers.items())]
-        widths = {layer.shape[1] for layer in self._layers}
-        if len(widths) != 1:
+        rows = [_rows(group_kernel_blocks(layers[name], num_blocks)) for name in in_order(layers)]
+        if len({layer.shape[1] for layer in rows}) != 1:
             raise ValueError("the shared-memory KV pool needs layers of one size on a GPU: use --kv-pool none")
-        (self._width,) = widths
-        self._device = self._layers[0].device
+        self._layers, self._width = rows, rows[0].shape[1]
+        self._whole = _whole(rows)
+        self._device = rows[0].device
         self._stream = torch.cuda.Stream(self._device)
-        self.block_bytes = self._width * len(self._layers)
+        self.block_bytes = self._width * len(rows)
 
     def gather(self, places: Sequence[int]) -> Leaving:
         """Begin to copy what blocks hold to the host."""
-        index = torch.tensor(places, pin_memory=True).to(self._device, non_blocking=True)
-        rows = torch.empty((len(self._layers), len(places), self._width), dtype=torch.uint8, device=self._device)
-        for layer, row in zip(self._layers, rows, strict=True):
-            torch.index_select(layer, 0, index, out=row)
+        index = self._index(places)
+        if self._whole is not None:
+            rows = self._whole.index_select(0, index)
+        else:
+            rows = torch.stack([layer.index_select(0, index) for layer in self._layers], dim=1)
         staged = self.pinned(len(places))
         staged.copy_(rows, non_blocking=True)
         event = torch.cuda.Event()
@@ -75,17 +85,23 @@ class DeviceCache:
         return Arriving(self, places)
 
     def pinned(self, blocks: int) -> torch.Tensor:
-        """Host memory for some blocks: [layer, block, byte]."""
-        return torch.empty((len(self._layers), blocks, self._width), dtype=torch.uint8, pin_memory=True)
+        """Host memory for some blocks: [block, layer, byte]. PyTorch keeps what is freed for the next."""
+        return torch.empty((blocks, len(self._layers), self._width), dtype=torch.uint8, pin_memory=True)
 
     def scatter(self, staged: torch.Tensor, places: Sequence[int]) -> None:
-        """Copy staged blocks, as many as there are places, to the device; returns when they are there."""
+        """Copy staged blocks to their places on the device; returns when they are there."""
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            index = torch.tensor(places, pin_memory=True).to(self._device, non_blocking=True)
+            index = self._index(places)
             rows = staged.to(self._device, non_blocking=True)
-            for layer, row in zip(self._layers, rows, strict=True):
-                layer.index_copy_(0, index, row)
+            if self._whole is not None:
+                self._whole.index_copy_(0, index, rows)
+            else:
+                for number, layer in enumerate(self._layers):
+                    layer.index_copy_(0, index, rows[:, number])
             self._stream.synchronize()
+
+    def _index(self, places: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(places, pin_memory=True).to(self._device, non_blocking=True)
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
@@ -103,7 +119,19 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
     return flat.as_strided((tensor.shape[0], width), (stride, 1), tensor.storage_offset() * tensor.element_size())
 
 
+def _whole(rows: list[torch.Tensor]) -> torch.Tensor | None:
+    """All layers as [block, layer, byte], if they lie at even distances in one storage."""
+    first = rows[0]
+    if len({(row.untyped_storage().data_ptr(), row.stride(0)) for row in rows}) != 1:
+        return None
+    offsets = [row.storage_offset() for row in rows]
+    steps = {later - earlier for earlier, later in pairwise(offsets)}
+    if len(steps) > 1 or min(steps, default=1) <= 0:
+        return None
+    shape = (first.shape[0], len(rows), first.shape[1])
+    return first.as_strided(shape, (first.stride(0), steps.pop() if steps else first.shape[1], 1), offsets[0])
+
+
 def _parts(staged: torch.Tensor) -> list[list[memoryview]]:
-    """The bytes of each block, layer after layer."""
-    array = staged.numpy()
-    return [[memoryview(array[layer, block]) for layer in range(array.shape[0])] for block in range(array.shape[1])]
+    """The bytes of each block, in one part."""
+    return [[memoryview(block)] for block in staged.view(staged.shape[0], -1).numpy()]

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import vllm
 
+from seer_servers.kvpool.shm.layers import in_order
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
-_FORMAT = 1  # of our files
+_FORMAT = 2  # of our files and of the bytes in them
 
 
 def fingerprint(config: VllmConfig, kv_cache: KVCacheConfig) -> bytes:
@@ -25,6 +28,7 @@ def fingerprint(config: VllmConfig, kv_cache: KVCacheConfig) -> bytes:
     model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
     facts: dict[str, Any] = {
         "format": _FORMAT,
+        "seer": version("seer-async"),
         "vllm": vllm.__version__,
         "weights": _weights(model.model, model.revision, config.load_config.load_format),
         "architecture": model.hf_config.to_dict(),
@@ -35,7 +39,7 @@ def fingerprint(config: VllmConfig, kv_cache: KVCacheConfig) -> bytes:
         "layout": str(cache.kv_cache_layout),
         "device": str(config.device_config.device_type),
         "groups": [str(group.kv_cache_spec) for group in kv_cache.kv_cache_groups],
-        "layers": [sorted(group.layer_names) for group in kv_cache.kv_cache_groups],
+        "layers": [in_order(group.layer_names) for group in kv_cache.kv_cache_groups],
         "tensor_parallel": parallel.tensor_parallel_size,
         "decode_context_parallel": parallel.decode_context_parallel_size,
     }

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from vllm.v1.kv_cache_interface import group_kernel_blocks
 
+from seer_servers.kvpool.shm.layers import in_order
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -30,7 +32,7 @@ class HostCache:
     threaded = False  # a copy in memory is short, and a thread would take the cores from the model
 
     def __init__(self, layers: Mapping[str, torch.Tensor], num_blocks: int) -> None:
-        self._layers = [_bytes(group_kernel_blocks(tensor, num_blocks)) for _, tensor in sorted(layers.items())]
+        self._layers = [_bytes(group_kernel_blocks(layers[name], num_blocks)) for name in in_order(layers)]
         self._part = [view.nbytes // num_blocks for view in self._layers]
         self.block_bytes = sum(self._part)
 

@@ -7,6 +7,7 @@ exactly once; nothing in here raises into a step.
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -21,12 +22,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from seer_servers.kvpool.shm.ledger import Ledger, Row
-    from seer_servers.kvpool.shm.plan import Load, Plan, Save
+    from seer_servers.kvpool.shm.plan import Load, Plan
     from seer_servers.kvpool.shm.store import BlockId
 
 logger = init_logger("vllm.seer")
 
 _MOST_LEAVING_BYTES = 1 << 30  # of pinned memory; beyond, blocks are not saved
+_SWITCH_S = 0.0005  # how long our threads wait for the interpreter beside a busy engine; the default is 0.005
 
 
 class Staged(Protocol):
@@ -70,6 +72,8 @@ class WorkerSide:
         self._bad: set[int] = set()
         self._leaving = 0  # bytes
         self._warned: set[Written] = set()
+        if cache.threaded:
+            sys.setswitchinterval(_SWITCH_S)
         self._loader = ThreadPoolExecutor(1, "seer-kv-load") if cache.threaded else None
         self._saver = ThreadPoolExecutor(1, "seer-kv-save") if cache.threaded else None
 
@@ -79,9 +83,22 @@ class WorkerSide:
             _run(self._loader, self._load, load)
 
     def save(self, plan: Plan) -> None:
-        """Save what the plan says, as far as there is room."""
-        for save in plan.saves:
-            self._save(save)
+        """Save what the plan says, as far as there is room: all of a step in one go."""
+        started = time.monotonic_ns()
+        missing = [
+            (place, mine, save.cache_salt)
+            for save in plan.saves
+            for place, block in save.blocks
+            if self._store.tier(mine := block._replace(rank=self._rank)) is None
+        ]
+        if len(missing) > (room := self._room()):
+            self._refuse(Written.FULL, len(missing) - room)
+            missing = missing[:room]
+        if missing:
+            staged = self._cache.gather([place for place, _, _ in missing])
+            with self._lock:
+                self._leaving += len(missing) * self._cache.block_bytes
+            _run(self._saver, self._write, staged, [(block, salt) for _, block, salt in missing], started)
 
     def take_results(self) -> tuple[set[str], set[int]]:
         """Requests whose loads have ended since the last call, and places of the cache that could not be filled."""
@@ -123,29 +140,16 @@ class WorkerSide:
         staged.settle()
         return filled
 
-    def _save(self, save: Save) -> None:
-        started = time.monotonic_ns()
-        wanted = [(place, block._replace(rank=self._rank)) for place, block in save.blocks]
-        missing = [(place, block) for place, block in wanted if self._store.tier(block) is None]
-        if len(missing) > (room := self._room()):
-            self._refuse(Written.FULL, len(missing) - room)
-            missing = missing[:room]
-        if missing:
-            staged = self._cache.gather([place for place, _ in missing])
-            with self._lock:
-                self._leaving += len(missing) * self._cache.block_bytes
-            _run(self._saver, self._write, staged, [block for _, block in missing], save.cache_salt, started)
-
     def _room(self) -> int:
         """Blocks that the pool, and the way there, can take."""
         with self._lock:
             room = min(self._ledger.room(), _MOST_LEAVING_BYTES) - self._leaving
         return max(0, room // self._cache.block_bytes)
 
-    def _write(self, staged: Staged, blocks: Sequence[BlockId], cache_salt: str, started: int) -> None:
+    def _write(self, staged: Staged, blocks: Sequence[tuple[BlockId, str]], started: int) -> None:
         try:
             staged.settle()
-            for block, parts in zip(blocks, staged.parts, strict=True):
+            for (block, cache_salt), parts in zip(blocks, staged.parts, strict=True):
                 self._count(self._store.write(block, cache_salt, parts))
         except Exception:
             logger.exception("Blocks could not be saved to the KV pool.")
