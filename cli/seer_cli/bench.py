@@ -68,18 +68,18 @@ def fleet(
         list[str] | None,
         typer.Option(
             help="Policies to compare; repeatable, the first is the baseline. `NAME-pool` leaves the KV pool unused. "
-            "[default: group-round-robin, no-context, seer, oracle; with a pool also seer-pool]",
+            "[default: group-round-robin, seer-pool, seer]",
         ),
     ] = None,
     groups: Annotated[int, typer.Option(min=1, help="Prompts.")] = 16,
     n: Annotated[int, typer.Option("-n", min=1, help="Responses to each.")] = 8,
     mean: Annotated[float, typer.Option(help="Mean forced length, tokens.")] = 160.0,
-    longest: Annotated[int, typer.Option(help="Longest forced length, tokens.")] = 1024,
+    longest: Annotated[int, typer.Option(help="Longest forced length, tokens.")] = 512,
     chunk_size: Annotated[int, typer.Option(help="Tokens of a chunk.")] = 64,
-    repeats: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 2,
     kv_blocks: Annotated[
-        int | None, typer.Option(help="KV blocks of 32 tokens in each local engine; small makes KV scarce.")
-    ] = None,
+        int, typer.Option(min=0, help="KV blocks of 32 tokens in each local engine: few make KV scarce, 0 is ample.")
+    ] = 96,
     kv_pool: Annotated[str, typer.Option(help="KV pool of the local engines: shm, mooncake or none.")] = "shm",
     server: _Servers = None,
     engines: _Engines = 2,
@@ -88,7 +88,7 @@ def fleet(
 ) -> None:
     """Compare policies on one live fleet with the same forced lengths, interleaved."""
     pooled = [] if kv_pool == "none" else ["seer-pool"]
-    policies = policy or ["group-round-robin", "no-context", *pooled, "seer", "oracle"]
+    policies = policy or ["group-round-robin", *pooled, "seer"]
     for name in policies:
         find_policy(name.removesuffix(_NO_POOL))
     prompts = read_dataset(default_dataset(), groups)
@@ -98,7 +98,7 @@ def fleet(
     config = {
         "rollout": {"n": n, "chunk_size": chunk_size},
         "sampling": {"max_tokens": longest, "seed": seed},
-        "fleet": {"servers": server or [], "engines": engines, "kv_blocks": kv_blocks, "kv_pool": kv_pool},
+        "fleet": {"servers": server or [], "engines": engines, "kv_blocks": kv_blocks or None, "kv_pool": kv_pool},
         "output": {"trace": False},
     }
     runs = uvloop.run(_compare(config, policies, prompts, lengths, repeats))

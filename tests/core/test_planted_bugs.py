@@ -142,6 +142,39 @@ def kv_room_ignored(patch: pytest.MonkeyPatch) -> None:
 
 
 @plant
+def prompt_taken_for_shared_by_nobody(patch: pytest.MonkeyPatch) -> None:
+    need = Instance.need
+
+    def mutant(self: Instance, request: Any, tokens: int) -> int:
+        alone = (request.group.id, self.version) not in self._sharers
+        return need(self, request, tokens) - (self._shared_blocks(request) if alone else 0)
+
+    patch.setattr(Instance, "need", mutant)
+
+
+@plant
+def prompt_taken_for_shared_where_nothing_is(patch: pytest.MonkeyPatch) -> None:
+    def mutant(self: Instance, request: Any) -> int:
+        assert self.info
+        return (request.group.prompt_len - 1) // self.info.block_size
+
+    patch.setattr(Instance, "_shared_blocks", mutant)
+
+
+@plant
+def shared_prompt_never_given_back(patch: pytest.MonkeyPatch) -> None:
+    release = Instance.release
+
+    def mutant(self: Instance, call: int) -> None:
+        _, sharers = self.in_flight.get(call, (0, None))
+        if sharers is not None and sharers.calls == 1:
+            self.reserved += sharers.blocks
+        release(self, call)
+
+    patch.setattr(Instance, "release", mutant)
+
+
+@plant
 def rejection_blamed_on_the_engine(patch: pytest.MonkeyPatch) -> None:
     def extra(self: Core, event: Any) -> None:
         if event.kind is FailureKind.REJECTED and (call := self.calls.get(event.call)):
