@@ -114,13 +114,15 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The engines: URLs of running ones, or how to start local ones.
 
-    `engines` local vLLM servers are started when no `servers` are given; they share KV through `kv_pool`, of
+    `file` names running ones too: a fleet of `seer fleet up`, or a JSON file (a path with a slash, or ending in .json).
+    `engines` local vLLM servers are started when neither is given; they share KV through `kv_pool`, of
     `kv_pool_gib` GiB. `model` is a folder or hub name for local engines (the default is the small model that Seer
     fetches by itself); `tokenizer` names a folder with tokenizer.json
     where engines do not give theirs.
     """
 
     servers: list[str] = []
+    file: str | None = None
     engines: int = 2
     model: str | None = None
     tokenizer: str | None = None
@@ -134,6 +136,10 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     vllm_args: list[str] = []
 
     def __post_init__(self) -> None:
+        _require(
+            not (self.servers and self.file),
+            "fleet.servers (--server) and fleet.file (--fleet) both name engines: give one of them",
+        )
         _require(self.engines >= 1, "fleet.engines must be at least 1")
         _require(self.kv_pool in _POOLS, f"fleet.kv_pool must be one of {', '.join(_POOLS)}")
         _require(self.kv_pool_gib > 0, "fleet.kv_pool_gib must be above 0")

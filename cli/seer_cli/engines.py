@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING
+
+from seer_async.errors import FleetError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -10,6 +13,16 @@ if TYPE_CHECKING:
     from seer_async.config import FleetConfig
     from seer_servers.fleet import EngineSpec
     from seer_servers.kvpool.pool import Pool
+
+
+def require_vllm() -> None:
+    """Tell early and clearly that engines cannot be started here.
+
+    Raises:
+        FleetError: vLLM is not installed; says what to do.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise FleetError("vLLM is not installed here; run `make setup`, or name running servers with --server URL")
 
 
 def local_pool(config: FleetConfig, spec: EngineSpec, run_dir: Path) -> Pool | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
 import signal
 import sys
 import time
@@ -15,19 +14,20 @@ import msgspec
 import typer
 import uvloop
 
-from seer_async.config import Config, merge, to_toml_tree
+from seer_async.config import Config, Tree, merge, to_toml_tree
 from seer_async.dataset import default_dataset, read_dataset
-from seer_async.errors import FleetError, UsageError
+from seer_async.errors import UsageError
 from seer_async.lengths import lengths_for
 from seer_async.policies import find_policy, policy_names
 from seer_async.rollout import Rollout, open_fleet
 from seer_async.runfolder import RunFolder, require_fresh
 from seer_async.types import Prompt
 from seer_cli.display import make_display
-from seer_cli.engines import local_pool, local_spec
+from seer_cli.engines import local_pool, local_spec, require_vllm
 from seer_cli.options import config_from, given
 from seer_cli.output import machine_errors, print_json
 from seer_cli.process import calm_gc
+from seer_servers.fleetfile import fleet_urls
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -93,8 +93,17 @@ def rollout(
     server: Annotated[
         list[str] | None,
         typer.Option(
-            help="URL of a running vLLM server; repeatable. Without it, engines are started here.",
+            help="URL of a running vLLM server; repeatable. Without it and --fleet, engines are started here.",
             rich_help_panel=_FLEET,
+            show_default=False,
+        ),
+    ] = None,
+    fleet: Annotated[
+        str | None,
+        typer.Option(
+            help="Running engines: a fleet of `seer fleet up` by its name, or a JSON file that lists URLs.",
+            rich_help_panel=_FLEET,
+            metavar="NAME|FILE",
             show_default=False,
         ),
     ] = None,
@@ -183,6 +192,7 @@ def rollout(
         "sampling.stop": stop,
         "scheduler.policy": policy,
         "fleet.servers": server,
+        "fleet.file": fleet,
         "fleet.kv_pool": kv_pool,
         "fleet.engines": engines,
         "fleet.model": model,
@@ -274,7 +284,7 @@ async def _fresh(plan: _Plan, display: Display) -> Result:
 async def _resumed(path: Path, options: Mapping[str, Any], display: Display) -> Result:
     """An interrupted run, from where its journal ends."""
     folder, records, emitted = RunFolder.resume(path)
-    folder.info.config = merge(folder.info.config, given(options))
+    folder.info.config = merge(folder.info.config, _instead(given(options)))
     with display:
         async with engine_urls(folder.config, path, display) as urls, open_fleet(folder.config, urls) as fleet:
             tokenizer = await _attached(fleet, display)
@@ -282,6 +292,14 @@ async def _resumed(path: Path, options: Mapping[str, Any], display: Display) -> 
             display.phase(f"resuming: {len(emitted)} of {folder.info.samples} samples are there already")
             rollout = Rollout(folder, fleet, tokenizer, watch=display.update)
             return await _roll(rollout, folder, display, records, frozenset(emitted))
+
+
+def _instead(options: Tree) -> Tree:
+    """Engines named now take the place of those the run had, however it named them."""
+    fleet = options.get("fleet", {})
+    if "file" in fleet and "servers" not in fleet:
+        return merge(options, {"fleet": {"servers": []}})
+    return merge(options, {"fleet": {"file": None}}) if "servers" in fleet else options
 
 
 async def _attached(fleet: Fleet, display: Display) -> Tokenizer:
@@ -337,12 +355,11 @@ def _interrupts(rollout: Rollout, display: Display) -> Iterator[None]:
 
 @contextlib.asynccontextmanager
 async def engine_urls(config: Config, run_dir: Path, display: Display) -> AsyncIterator[list[str]]:
-    """URLs of the configured servers, or of local engines that live as long as the block."""
-    if config.fleet.servers:
-        yield config.fleet.servers
+    """URLs of the configured servers or fleet, or of local engines that live as long as the block."""
+    if config.fleet.servers or config.fleet.file:
+        yield config.fleet.servers or fleet_urls(str(config.fleet.file))
         return
-    if importlib.util.find_spec("vllm") is None:
-        raise FleetError("vLLM is not installed here; run `make setup`, or name running servers with --server URL")
+    require_vllm()
     from seer_servers.fleet import LocalFleet  # noqa: PLC0415 - only where engines are started
 
     spec = local_spec(config.fleet)

@@ -116,7 +116,7 @@ class LocalEngine:
     @property
     def pid(self) -> int | None:
         """The process group of this epoch, None before the first."""
-        return self._process and self._process.pid
+        return self._process.pid if self._process else None
 
     async def start(self) -> None:
         """Start a new epoch; what is left of the last one is stopped first."""

@@ -89,7 +89,8 @@ class Process:
             log.seek(max(self._log_start, size - TAIL_BYTES))
             text = log.read().decode(errors="replace")
         lines = [line for raw in text.splitlines() if (line := _UNPRINTABLE.sub("", raw).strip())]
-        return "\n".join(([line for line in lines if _TROUBLE.search(line)] or lines)[-count:])
+        trouble = [line for line in lines if _TROUBLE.search(line) and " WARNING " not in line]
+        return "\n".join((trouble or lines)[-count:])
 
 
 def guard(command: Sequence[str]) -> None:

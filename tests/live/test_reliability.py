@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from seer_async.events import Command, Event
     from seer_async.rollout import Rollout
 
-KILLS = int(os.environ.get("SEER_KILLS", "20"))
+KILLS = int(os.environ.get("SEER_KILLS", "8"))
 SAMPLES = int(os.environ.get("SEER_SAMPLES", "480"))
 ORCHESTRATOR_KILLS = int(os.environ.get("SEER_ORCHESTRATOR_KILLS", "5"))
 MAX_TOKENS = 640

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import random
+import shutil
 import signal
 import uuid
 from typing import TYPE_CHECKING, Any
@@ -74,9 +75,9 @@ class Case:
 
 
 async def test_requests_that_move_lose_one_token_and_change_nothing(engines: list[EngineClient]) -> None:
-    figures = await measure_pool(engines, tokens=600, rounds=1, requests=8, chunks=6, repeats=1, seed=3)
-    assert figures.moves.equal == figures.moves.requests == 8
-    assert figures.moves.moved_chunks > 10
+    figures = await measure_pool(engines, tokens=400, rounds=1, requests=6, chunks=5, repeats=1, seed=3)
+    assert figures.moves.equal == figures.moves.requests == 6
+    assert figures.moves.moved_chunks > 5
     assert figures.moves.prefilled_most == 1
     assert figures.moves.pooled_share > 0.97
     assert figures.resume.speedup > 3
@@ -251,7 +252,7 @@ async def test_a_sabotaged_pool_spoils_no_sample(vllm_fleet: LocalFleet, pool: S
 
 
 async def test_a_pool_that_vanishes_costs_nothing_but_time(engines: list[EngineClient], pool: ShmPool) -> None:
-    """Last of the file: the folder is put back, but what engines had open in it is another one."""
+    """Last of the file: the folder is put back, but what engines have open in it is another one."""
     case = Case(8)
     first = await case.on(engines[0])
     away = pool.root.with_name(pool.root.name + "-away")
@@ -259,6 +260,7 @@ async def test_a_pool_that_vanishes_costs_nothing_but_time(engines: list[EngineC
     try:
         again = await asyncio.gather(*(case.on(engine) for engine in engines))
     finally:
+        shutil.rmtree(pool.root, ignore_errors=True)  # janitors may have begun another
         away.rename(pool.root)
     assert [reply.token_ids for reply in again] == [first.token_ids] * 2
     assert (await case.on(engines[1])).token_ids == first.token_ids

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from seer_servers.kvpool.shm.worker_side import Cache
 
 logger = init_logger("vllm.seer")
-_JANITOR_CHECK_STEPS = 256
+_JANITOR_CHECK_STEPS = 64
 
 
 class SeerShmConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is not typed

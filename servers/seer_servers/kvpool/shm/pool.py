@@ -13,6 +13,7 @@ from seer_servers.kvpool.shm.settings import GIB, Settings
 from seer_servers.kvpool.shm.store import own_folder
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - the kernel's shared memory, in a folder of mode 700
+LINGER_S = 900.0  # an engine that died alone should find its blocks when it is back; stop() does not wait
 MODULE = "seer_servers.kvpool.shm.connector"
 
 
@@ -67,7 +68,11 @@ class ShmPool:
         """Return the connector's configuration, the same for every engine."""
         del index
         settings = Settings(
-            root=self.root, capacity_bytes=self._capacity, spill=self._spill, spill_bytes=self._spill_bytes
+            root=self.root,
+            capacity_bytes=self._capacity,
+            spill=self._spill,
+            spill_bytes=self._spill_bytes,
+            linger_s=LINGER_S,
         )
         return ["--kv-transfer-config", json.dumps(transfer_config(settings))]
 

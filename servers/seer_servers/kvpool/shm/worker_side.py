@@ -1,8 +1,8 @@
 """The connector in vLLM's workers: moves blocks between the engine's KV cache and the pool.
 
 Invariants: what is saved is read after the forward that computed it and before the next one can overwrite it; a load
-that goes wrong is reported at its first bad block, and vLLM computes from there; every load that was begun is reported
-exactly once; nothing in here raises into a step.
+that goes wrong is reported with every block that was not filled, and vLLM computes them; every load that was begun is
+reported exactly once; nothing in here raises into a step.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class WorkerSide:
             logger.exception("A load from the KV pool failed; its blocks are computed again.")
         with self._lock:
             if filled < len(load.blocks):
-                self._bad.add(load.blocks[filled][0])
+                self._bad.update(place for place, _ in load.blocks[filled:])  # others may share any of them already
                 self._row.add(Field.FAILURES, len(load.blocks) - filled)
             self._row.add(Field.LOADS, filled)
             self._row.add(Field.LOAD_BYTES, filled * self._cache.block_bytes)
