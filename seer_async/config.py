@@ -115,9 +115,9 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """The engines: URLs of running ones, or how to start local ones.
 
     `file` names running ones too: a fleet of `seer fleet up`, or a JSON file (a path with a slash, or ending in .json).
-    `engines` local vLLM servers are started when neither is given; they share KV through `kv_pool`, of
-    `kv_pool_gib` GiB. `model` is a folder or hub name for local engines (the default is the small model that Seer
-    fetches by itself); `tokenizer` names a folder with tokenizer.json
+    `engines` local vLLM servers are started when neither is given; they share KV through `kv_pool`, of `kv_pool_gib`
+    GiB with `kv_pool_disk_gib` GiB of disk behind it. `model` is a folder or hub name for local engines (the default is
+    the small model that Seer fetches by itself); `tokenizer` names a folder with tokenizer.json
     where engines do not give theirs.
     """
 
@@ -132,6 +132,7 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     kv_blocks: int | None = None
     kv_pool: str = "auto"
     kv_pool_gib: float = 4.0
+    kv_pool_disk_gib: float = 0.0
     max_num_seqs: int | None = None
     vllm_args: list[str] = []
 
@@ -143,6 +144,7 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         _require(self.engines >= 1, "fleet.engines must be at least 1")
         _require(self.kv_pool in _POOLS, f"fleet.kv_pool must be one of {', '.join(_POOLS)}")
         _require(self.kv_pool_gib > 0, "fleet.kv_pool_gib must be above 0")
+        _require(self.kv_pool_disk_gib >= 0, "fleet.kv_pool_disk_gib must be 0 (no disk) or more")
 
 
 class OutputConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -120,6 +120,10 @@ class EngineClient:
         said = await self._json("GET", "/v1/seer/kv/stats", None, dict[str, int | str], timeout_s)
         return {name: value for name, value in said.items() if isinstance(value, int)}
 
+    async def flush_pool(self, run: str, *, timeout_s: float) -> None:
+        """Give back the room that a run's blocks take in the engine's KV pool; pools that cannot do that say so."""
+        await self._json("POST", "/v1/seer/kv/flush", {"run": run}, dict[str, int], timeout_s)
+
     async def tokenize(self, prompt: Prompt, *, timeout_s: float) -> list[int]:
         """Token ids of a prompt, by the engine's own tokenizer and chat template."""
         assert self.info is not None

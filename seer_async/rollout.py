@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 _TOKENIZE_AT_ONCE = 32
 _TOKENIZE_TIMEOUT_S = 60.0
+_FLUSH_S = 10.0
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
@@ -260,8 +261,18 @@ class Rollout:
         finally:
             snapshot = take_snapshot(self.core, self._clock.now())
             self._close(reason, snapshot, time.monotonic() - started)
+        if reason == "done":
+            await self._flush_pools()
         assert self._folder.info.summary is not None
         return Result(reason=reason, snapshot=snapshot, summary=self._folder.info.summary, path=str(self._folder.path))
+
+    async def _flush_pools(self) -> None:
+        """Nobody continues a response of this run any more: leave the pools' room to others."""
+        pools = {client.info.kv_pool: client for client in self._fleet.clients.values() if client.info}
+        for name, client in pools.items():
+            if name is not None and self._config.engine.kv_pool:
+                with suppress(EngineError):  # what stays is evicted when room is needed
+                    await client.flush_pool(self.core.run, timeout_s=_FLUSH_S)
 
     def _group(self, prompt: Prompt) -> GroupAdded:
         n = self._config.rollout.n
@@ -301,6 +312,7 @@ def summarise(snapshot: Snapshot, seconds: float) -> dict[str, Any]:
         "retries": snapshot.retries,
         "restarts": snapshot.restarts,
         "preemptions": snapshot.preemptions,
+        "pooled_tokens": snapshot.pool.loaded if snapshot.pool else 0,
     }
 
 

@@ -29,7 +29,13 @@ def local_pool(config: FleetConfig, spec: EngineSpec, run_dir: Path) -> Pool | N
     """What the local engines share KV through."""
     from seer_servers.kvpool.launch import make_pool  # noqa: PLC0415 - only where engines are started
 
-    return make_pool(pool_kind(config.kv_pool), run_dir, capacity_gib=config.kv_pool_gib, spec=spec)
+    return make_pool(
+        pool_kind(config.kv_pool),
+        run_dir,
+        capacity_gib=config.kv_pool_gib,
+        disk_gib=config.kv_pool_disk_gib,
+        spec=spec,
+    )
 
 
 def pool_kind(asked: str) -> str:

@@ -38,6 +38,14 @@ _Model = Annotated[
 _PoolGib = Annotated[
     float | None, typer.Option("--kv-pool-gib", help="Memory of the KV pool, GiB. [default: 4]", show_default=False)
 ]
+_PoolDiskGib = Annotated[
+    float | None,
+    typer.Option(
+        "--kv-pool-disk-gib",
+        help="Disk for blocks that the pool's memory cannot keep, GiB. [default: 0, none]",
+        show_default=False,
+    ),
+]
 _KvBlocks = Annotated[
     int | None,
     typer.Option("--kv-blocks", help="KV cache of each engine, in blocks of 32 tokens. [default: what fits]"),
@@ -80,6 +88,7 @@ def up(
         ),
     ] = None,
     kv_pool_gib: _PoolGib = None,
+    kv_pool_disk_gib: _PoolDiskGib = None,
     kv_blocks: _KvBlocks = None,
     dtype: _Dtype = None,
     max_model_len: _MaxModelLen = None,
@@ -107,6 +116,7 @@ def up(
         model=model,
         kv_pool=kv_pool,
         kv_pool_gib=kv_pool_gib,
+        kv_pool_disk_gib=kv_pool_disk_gib,
         kv_blocks=kv_blocks,
         dtype=dtype,
         max_model_len=max_model_len,
@@ -128,6 +138,7 @@ def _order(name: str, config: FleetConfig) -> Order:
         engines=config.engines,
         kv_pool=pool_kind(config.kv_pool),
         kv_pool_gib=config.kv_pool_gib,
+        kv_pool_disk_gib=config.kv_pool_disk_gib,
     )
 
 

@@ -37,6 +37,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     engines: int
     kv_pool: str
     kv_pool_gib: float
+    kv_pool_disk_gib: float = 0.0
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -61,7 +62,13 @@ async def supervise(
             folder.write(_described(order, fleet, started))
         say(text)
 
-    pool = make_pool(order.kv_pool, folder.path, capacity_gib=order.kv_pool_gib, spec=order.spec)
+    pool = make_pool(
+        order.kv_pool,
+        folder.path,
+        capacity_gib=order.kv_pool_gib,
+        disk_gib=order.kv_pool_disk_gib,
+        spec=order.spec,
+    )
     fleet = LocalFleet(order.spec, order.engines, folder.path, pool=pool, say=told)
     _end_on_signals()
     try:

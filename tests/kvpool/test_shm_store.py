@@ -14,6 +14,7 @@ import pytest
 
 from seer_servers.kvpool.shm.janitor import Janitor
 from seer_servers.kvpool.shm.ledger import Field, Ledger
+from seer_servers.kvpool.shm.pool import remove_leftovers
 from seer_servers.kvpool.shm.store import BlockId, Store, Written, block_key, salt_folder
 
 if TYPE_CHECKING:
@@ -283,6 +284,22 @@ class TestLedger:
         child.kill()
         child.wait()
         assert ledger.members() == 0
+
+
+class TestLeftovers:
+    def test_pools_that_nobody_has_any_more_are_removed(self, tmp_path: Path) -> None:
+        prefix = f"seer-kv-{os.getuid()}-"
+        dead, young, used, foreign = (
+            tmp_path / name for name in (f"{prefix}dead", f"{prefix}young", f"{prefix}used", "x")
+        )
+        for root in (dead, young, used, foreign):
+            save(Store(root), 1)
+        alive = Ledger(used).join("engine")
+        for root in (dead, used, foreign):
+            os.utime(root, (1, 1))
+        remove_leftovers(tmp_path)
+        assert [root.exists() for root in (dead, young, used, foreign)] == [False, True, True, True]
+        del alive
 
 
 @pytest.fixture

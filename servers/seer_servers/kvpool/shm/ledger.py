@@ -112,10 +112,15 @@ class Ledger:
     def room(self) -> int:
         """Bytes that may still be saved; 0 when no janitor watches over the pool."""
         row = self._table[0]
-        if time.monotonic_ns() - int(row[JanitorField.SWEPT_NS]) > STALE_S * 1e9:
+        if not self.watched():
             return 0
         since = max(0, self.saved_bytes() - int(row[JanitorField.SAVED_BYTES]))
         return int(row[JanitorField.CAPACITY_BYTES]) - int(row[JanitorField.USED_BYTES]) - since
+
+    def watched(self) -> bool:
+        """Whether a janitor has swept lately."""
+        swept = int(self._table[0, JanitorField.SWEPT_NS])
+        return 0 <= time.monotonic_ns() - swept <= STALE_S * 1e9  # the clock begins anew when the machine does
 
     def members(self) -> int:
         """How many writers live: slots whose lock somebody holds."""

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 from seer_async.errors import FleetError
+from seer_servers.kvpool.shm.ledger import Ledger
 from seer_servers.kvpool.shm.settings import GIB, Settings
 from seer_servers.kvpool.shm.store import own_folder
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - the kernel's shared memory, in a folder of mode 700
 LINGER_S = 900.0  # an engine that died alone should find its blocks when it is back; stop() does not wait
+LEFTOVER_S = 300.0  # a pool younger than this may still be waiting for its first engine
 MODULE = "seer_servers.kvpool.shm.connector"
 
 
@@ -50,7 +54,8 @@ class ShmPool:
                     f"{self._memory} has {free / GIB:.1f} GiB free, less than the KV pool's {self._capacity / GIB:.1f} "
                     "GiB: choose a smaller --kv-pool-gib, mount more shared memory, or use --kv-pool none"
                 )
-            self._root = Path(tempfile.mkdtemp(prefix=f"seer-kv-{os.getuid()}-", dir=self._memory))
+            remove_leftovers(self._memory)
+            self._root = Path(tempfile.mkdtemp(prefix=_prefix(), dir=self._memory))
             if self._spill is not None:
                 own_folder(self._spill)
         except OSError as error:
@@ -80,6 +85,20 @@ class ShmPool:
         """Nothing is needed."""
         del index
         return {}
+
+
+def remove_leftovers(memory: Path) -> None:
+    """Remove this user's pools whose engines and janitors are all gone, as after a crash that took everything."""
+    for root in memory.glob(f"{_prefix()}*"):
+        with contextlib.suppress(OSError):
+            if root.stat().st_uid == os.geteuid() and time.time() - root.stat().st_mtime > LEFTOVER_S:
+                ledger = Ledger(root)
+                if not ledger.members() and not ledger.watched():
+                    shutil.rmtree(root)
+
+
+def _prefix() -> str:
+    return f"seer-kv-{os.getuid()}-"
 
 
 def transfer_config(settings: Settings) -> dict[str, object]:
