@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup rollout test lint bench-rollout bench-core clean
+.PHONY: help setup rollout test lint bench-rollout bench-kv bench-core clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -24,6 +24,9 @@ lint: setup ## check style, format and types
 
 bench-rollout: setup ## measure the rollout against its baselines on real engines
 	@$(BIN)/seer bench fleet $(ARGS)
+
+bench-kv: setup ## measure the KV pool on real engines
+	@$(BIN)/seer bench kv $(ARGS)
 
 bench-core: setup ## measure the orchestrator alone
 	@$(BIN)/seer bench core $(ARGS)
