@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from rich.cells import cell_len
 
 from seer_async.events import DrainRequested
+from seer_async.snapshot import PoolView
 from seer_cli.panel import clean, duration, share_out, short
 from seer_cli.screen import Frame, eta, lay_out
 from tests.fake_run import FakeRun
@@ -55,6 +56,17 @@ def test_large_fleets_fill_the_screen_and_say_what_is_missing(large: list[Snapsh
         assert hidden == [64 - engines, len(large[1].groups) - groups]
         assert engines >= 3
         assert groups >= 3
+
+
+@pytest.mark.parametrize(("size", "final"), [((80, 24), False), ((160, 50), False), ((80, 24), True)])
+def test_a_kv_pool_is_shown_where_there_is_one(size: tuple[int, int], final: bool) -> None:
+    pool = PoolView(
+        bytes=3 << 29, capacity_bytes=4 << 30, blocks=1090, loaded=17_080, failures=2, refused=0, evictions=9
+    )
+    (line,) = [line for line in screen(snapshot(pool=pool), size, final=final) if "KV pool" in line]
+    for part in ("1.5/4.0 GiB", "17,080 tokens loaded", "2 failed", "0 refused"):
+        assert part in line
+    assert not [line for line in screen(snapshot(), size, final=final) if "KV pool" in line]
 
 
 def test_engines_in_trouble_are_shown_before_others() -> None:
