@@ -214,6 +214,7 @@ def _check(config: VllmConfig, kv_cache: KVCacheConfig) -> None:
     assert transfer is not None
     problems = {
         "models with several kinds of KV cache (hybrid attention)": len(kv_cache.kv_cache_groups) != 1,
+        "tensor parallelism": parallel.tensor_parallel_size > 1,  # blocks are named by rank, but it was never tried
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "context parallelism": parallel.decode_context_parallel_size > 1,
         "--no-enable-prefix-caching": not cache.enable_prefix_caching,
