@@ -53,6 +53,8 @@ class Moves(msgspec.Struct, frozen=True, kw_only=True):
     pooled_share: float  # of those: loaded from the pool, or still in that engine's own cache
     prefilled_each: float  # tokens computed again for each chunk that moved, the mean
     prefilled_most: int
+    refused: int  # blocks that the pool did not take
+    evictions: int
 
 
 class Figures(msgspec.Struct, frozen=True, kw_only=True):
@@ -175,6 +177,7 @@ async def _moves(
 ) -> Moves:
     size = 40  # not a multiple of any block size, so chunks end within blocks
     tally = _Tally()
+    before = await _stats(engines)
     for _ in range(repeats):
         salt = f"bench-{uuid.uuid4().hex}"
         prompts = [_random_prefix(engines[0], _PROMPT + 7 * number, rng) for number in range(requests)]
@@ -186,6 +189,7 @@ async def _moves(
         )
         tally.equal += sum(reply.token_ids == tokens for (reply, _), tokens in zip(whole, divided, strict=True))
     prefilled = tally.prefilled or [0]
+    after = await _stats(engines)
     return Moves(
         requests=requests * repeats,
         equal=tally.equal,
@@ -194,6 +198,8 @@ async def _moves(
         pooled_share=1 - sum(prefilled) / max(1, tally.moved_tokens),
         prefilled_each=statistics.mean(prefilled),
         prefilled_most=max(prefilled),
+        refused=sum(a["refused"] - b["refused"] for a, b in zip(after, before, strict=True)),
+        evictions=after[0].get("evictions", 0) - before[0].get("evictions", 0),
     )
 
 

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 FULL = 0.92  # evict above this share of the capacity,
 DRAINED = 0.84  # down to this one
 SWEEP_S = 0.5
-SWEEP_SHARE = 25  # a sweep may take one 25th of our time
+SWEEP_SHARE = 25  # sweeps may take one 25th of a core,
+MOST_PAUSE_S = 3.0  # unless the ledger would look as if nobody swept (see `ledger.STALE_S`)
 ORPHAN_S = 60.0  # a temporary file this old has no writer any more
 BUCKET_S = 5.0  # uses this close together are equally recent
 
@@ -156,9 +157,9 @@ def serve(janitor: Janitor, ledger: Ledger, root: Path, linger_s: float) -> None
         alone_since: float | None = None
         orphaned = False
         while root.exists():
-            started = time.monotonic()
+            started = time.process_time()
             janitor.sweep()
-            pause = max(SWEEP_S, SWEEP_SHARE * (time.monotonic() - started))
+            pause = min(MOST_PAUSE_S, max(SWEEP_S, SWEEP_SHARE * (time.process_time() - started)))
             orphaned = _ended(sys.stdin.fileno(), pause, orphaned=orphaned)
             if not orphaned:
                 continue
