@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from anyio.from_thread import start_blocking_portal
+from xdist.scheduler import LoadScopeScheduling
 
 from seer_servers.fleet import EngineSpec, LocalFleet
 from seer_servers.kvpool.shm.pool import ShmPool
@@ -18,6 +19,17 @@ if TYPE_CHECKING:
 
 POOL_BYTES = 1 << 30
 START_AND_TEST_S = 1200  # two engines and the tests share what may be two busy cores
+
+
+class _TwoLanes(LoadScopeScheduling):
+    """All tests of the shared fleet go to one process, so that it starts once; the others go one by one to the rest."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "fleet" if nodeid.startswith("tests/vllm/") else nodeid
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    return _TwoLanes(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

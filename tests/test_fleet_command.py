@@ -5,6 +5,7 @@ The engines are mock engines behind vLLM's command line, so all processes, signa
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -99,7 +100,8 @@ def seer(tmp_path: Path) -> Iterator[Seer]:
     seer = Seer(tmp_path)
     yield seer
     for each in seer.processes():
-        each.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
 
 
 class TestLife:

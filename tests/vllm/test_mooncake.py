@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.vllm
 
-BLOCK, PROMPT, FIRST, SECOND = 32, 288, 64, 16  # tokens
+# Tokens. The first chunk does not end on a block border: there it is a race whether the last token is computed.
+BLOCK, PROMPT, FIRST, SECOND = 32, 288, 72, 16
 RUN = uuid.uuid4().hex
 
 

@@ -19,7 +19,7 @@ from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
 from vllm.logger import init_logger
 
-from seer_servers.plugin import kv_routes
+from seer_servers.plugin import draft_routes, kv_routes
 
 logger = init_logger("vllm.seer")
 router = APIRouter(prefix="/v1/seer")
@@ -43,6 +43,7 @@ class SeerEndpoints:
         """Add the routes."""
         app.include_router(router)
         app.include_router(kv_routes.router)
+        app.include_router(draft_routes.router)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         """Ask the workers what they can do; that cannot change while they live."""
@@ -54,6 +55,8 @@ class SeerEndpoints:
             if view is not None:
                 state.seer_kv_pool_name = f"{view.kind}:{(await asyncio.to_thread(view.stats))['pool']}"
                 REGISTRY.register(kv_routes.PoolMetrics(view))
+            state.seer_draft_client = draft_routes.draft_client(engine_client.vllm_config)
+            REGISTRY.register(draft_routes.DraftMetrics())
 
 
 async def workers_support(client: EngineClient) -> dict[str, Any]:

@@ -8,8 +8,8 @@ the token about to be sampled.
 That position is `InputBatch.num_tokens_no_spec`, the number of tokens the request has: prompt, resubmitted and
 generated, with the placeholders of async scheduling counted as they are appended, and restored when a preempted
 request returns. A row that is still prefilling samples too; its token is thrown away and nothing was used up.
-With speculative decoding the noise is still fresh at every step, but how many positions a step covers depends
-on the drafts, so the same sample is not promised and the capability not advertised.
+With drafts a step samples several positions of a row: the token after the drafts is the sampler's, the drafted
+positions are drawn by `verification`, each with its own position's noise.
 
 Model Runner V2 needs nothing: its Gumbel noise is a hash of (seed, position, token id), where position is
 `InputBatch.positions[logits_indices]`, the absolute position of the token that the logits follow
@@ -17,6 +17,7 @@ Model Runner V2 needs nothing: its Gumbel noise is a hash of (seed, position, to
 explicit seed never takes the fused sampler, whose noise is not keyed.
 """
 
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -66,10 +67,18 @@ class PositionGenerator(torch.Generator):  # type: ignore[misc]  # torch is not 
     def __init__(self, seed: int, device: torch.device) -> None:
         del device
         self.request_seed = seed
+        self.position = 0
 
     def seek(self, position: int) -> None:
         """Make the next draws those of `position`, an index into prompt and response together."""
+        self.position = position
         self.manual_seed(noise_seed(self.request_seed, position))
+
+    def at(self, position: int) -> Self:
+        """Another generator of the same request, at `position`."""
+        other = type(self)(self.request_seed, self.device)
+        other.seek(position)
+        return other
 
     # vLLM winds a generator back when it throws a token away (a prompt that is still being prefilled). There is
     # nothing to wind back here; and a CPU generator raises, which would end the engine.
@@ -81,11 +90,11 @@ class PositionGenerator(torch.Generator):  # type: ignore[misc]  # torch is not 
         """Ignore a rewind."""
 
 
-def seek_rows(batch: Any) -> None:
-    """Point every `PositionGenerator` of an input batch at the token its row samples next."""
+def seek_rows(batch: Any, drafted: Sequence[int] | None = None) -> None:
+    """Point every `PositionGenerator` of an input batch at the token its row samples next, after `drafted` ones."""
     for row, generator in batch.generators.items():
         if isinstance(generator, PositionGenerator):
-            generator.seek(int(batch.num_tokens_no_spec[row]))
+            generator.seek(int(batch.num_tokens_no_spec[row]) + (drafted[row] if drafted else 0))
 
 
 def _around_post_init(post_init: Function) -> Function:
@@ -100,7 +109,7 @@ def _around_post_init(post_init: Function) -> Function:
 
 def _around_sample(sample: Function) -> Function:
     def _sample(runner: Any, logits: Any, spec_decode_metadata: Any) -> Any:
-        seek_rows(runner.input_batch)
+        seek_rows(runner.input_batch, spec_decode_metadata.num_draft_tokens if spec_decode_metadata else None)
         return sample(runner, logits, spec_decode_metadata)
 
     return _sample

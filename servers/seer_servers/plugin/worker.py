@@ -12,9 +12,10 @@ from typing import Any
 
 import vllm
 from vllm.logger import init_logger
+from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-from seer_servers.plugin import continuation, seeds
+from seer_servers.plugin import continuation, drafting, seeds, verification
 from seer_servers.plugin.patching import Function, Patch, UnsupportedVllmError, apply_all, check_signature
 
 logger = init_logger("vllm.seer")
@@ -26,12 +27,18 @@ BOOT_ID = str(uuid.uuid4())  # names this life of the worker process
 @functools.cache  # vLLM may call the plug-in again in the same process
 def hook() -> None:
     """Have the workers of this process patch it before they build their model runner."""
-    apply_all((Patch(WorkerWrapperBase, "init_device", ("self",), _around_init_device),))
+    apply_all(
+        (
+            Patch(WorkerWrapperBase, "init_device", ("self",), _around_init_device),
+            *drafting.scheduler_patches(NewRequestData),
+        )
+    )
 
 
 def _around_init_device(init_device: Function) -> Function:
     def _init_device(wrapper: Any) -> Any:
         wrapper.seer_support = functools.partial(dict, support(wrapper.vllm_config))
+        wrapper.seer_draft_config = lambda changes: drafting.configure(wrapper.worker.model_runner, changes)
         return init_device(wrapper)
 
     return _init_device
@@ -42,9 +49,12 @@ def support(config: Any) -> dict[str, Any]:
     v2 = bool(config.use_v2_model_runner)
     installers = _V2 if v2 else _V1
     held = [name for name, install in installers.items() if _succeeds(name, install)]
-    if config.speculative_config is not None and "position_seeds" in held:
-        # Which of a position's draws is used depends on the drafts: lossless, but not the same sample.
-        held.remove("position_seeds")
+    if config.speculative_config is not None:
+        exact = not v2 and _succeeds("drafts", _v1_drafts)
+        if not exact and "position_seeds" in held:
+            # vLLM's own rejection sampler: lossless, but which of a position's draws is used depends on the drafts.
+            held.remove("position_seeds")
+        held += ["drafts"] if exact else []
     return {"boot_id": BOOT_ID, "runner": "v2" if v2 else "v1", "capabilities": held}
 
 
@@ -77,6 +87,13 @@ def _v1_seeds() -> None:
 @functools.cache
 def _v1_continuation() -> None:
     apply_all(continuation.v1_patches(*_v1_classes()))
+
+
+@functools.cache
+def _v1_drafts() -> None:
+    from vllm.v1.sample import rejection_sampler  # noqa: PLC0415
+
+    apply_all((*verification.v1_patches(rejection_sampler), *drafting.v1_patches(_v1_classes()[0])))
 
 
 def _v2_seeds() -> None:

@@ -1,0 +1,80 @@
+"""How many tokens to draft for each request of a step, so that the batch moves fastest.
+
+A drafted token is worth its chance to be accepted with all before it, and costs what the step grows by. Taking the
+batch's most likely tokens first, n of them are worth sum(p) and the step takes T(B, n): the best n is where tokens per
+second, (B + sum(p)) / T(B, n), peak. Every chance falls along a path, so the n best of the batch are a prefix of each
+request's path. It is the paper's marginal-benefit-aware budget, taken a token at a time instead of a position of a whole
+class at a time: its two classes are weights on what a token is worth.
+
+Invariants: no drafts where the model does not expect to gain at least `MARGIN`; a batch that has not gained for
+`OFF_AFTER` steps is only tried now and then; a batch that gains is now and then run without, so that both are known.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from seer_async.drafting.steptime import StepTime
+
+HIGH_WEIGHT = 2.0  # what a token of a probe or a tail request is worth, against one of any other (the paper's lambda)
+MARGIN = 1.02
+OFF_AFTER = 16  # steps
+TRY_EVERY = 32  # steps, while off
+REST_EVERY = 64  # steps, while on
+
+
+class Budget:
+    """The speculation budget of one engine."""
+
+    def __init__(self, times: StepTime) -> None:
+        self.times = times
+        self.switch_offs = 0
+        self._step = 0
+        self._idle = 0  # steps in a row without a gain
+
+    @property
+    def off(self) -> bool:
+        """Whether speculation has switched itself off."""
+        return self._idle >= OFF_AFTER
+
+    def wants_drafts(self) -> bool:
+        """Whether this step's drafts are worth looking for; call it once a step."""
+        self._step += 1
+        return self._step % (TRY_EVERY if self.off else 1) == 0
+
+    def allot(self, survival: Sequence[Sequence[float]], weights: Sequence[float]) -> list[int]:
+        """Drafted tokens for each request of the batch.
+
+        `survival[i][j]` is the chance that request i's tokens up to j are all accepted; `weights[i]` what one of its
+        tokens is worth. Requests that do not decode are no part of the batch.
+        """
+        trying = self.off
+        counts = self._best(survival, weights, MARGIN)
+        if any(counts):
+            self._idle = 0
+            return counts if self._step % REST_EVERY else [0] * len(counts)
+        self._idle += 1
+        self.switch_offs += self._idle == OFF_AFTER
+        # While off, what is tried is the best there is, gain or not: it is what keeps the chances and times true.
+        return self._best(survival, weights, 0.0) if trying else counts
+
+    def _best(self, survival: Sequence[Sequence[float]], weights: Sequence[float], margin: float) -> list[int]:
+        batch = len(survival)
+        values = np.array(
+            [chance * weight for path, weight in zip(survival, weights, strict=True) for chance in path]
+        )
+        if not values.size:
+            return [0] * batch
+        order = np.argsort(-values, kind="stable")
+        worth = sum(weights) + np.concatenate(([0.0], np.cumsum(values[order])))
+        rate = worth / self.times.curve(batch, values.size)
+        count = int(np.argmax(rate[1:])) + 1
+        if rate[count] < margin * rate[0]:
+            return [0] * batch
+        owners = np.repeat(np.arange(batch), [len(path) for path in survival])
+        return [int(drafts) for drafts in np.bincount(owners[order[:count]], minlength=batch)]

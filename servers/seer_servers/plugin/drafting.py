@@ -1,0 +1,88 @@
+"""Where the grouped drafter meets vLLM: what it is told of each step, and what an engine lets others ask of it.
+
+Only `custom_class` engines with our drafter are touched. The cache salt, which vLLM keeps from its workers, travels to
+them in the request's extra arguments, so that requests without metadata are grouped by prompt and salt.
+"""
+
+import copy
+from typing import Any
+
+from seer_servers.plugin.patching import Function, Patch
+
+PROPOSER = "seer_servers.plugin.drafter.GroupedDrafter"  # for vLLM's --speculative-config
+SALT = "seer_salt"
+
+PROPOSE = (
+    "self",
+    "scheduler_output",
+    "sampled_token_ids",
+    "sampling_metadata",
+    "hidden_states",
+    "sample_hidden_states",
+    "aux_hidden_states",
+    "spec_decode_metadata",
+    "common_attn_metadata",
+    "slot_mappings",
+)
+
+
+def v1_patches(runner: type) -> tuple[Patch, ...]:
+    """Patches for Model Runner V1, given its class GPUModelRunner."""
+    return (
+        Patch(runner, "propose_draft_token_ids", PROPOSE, _around_propose),
+        Patch(runner, "_input_fits_in_drafter", ("self", "common_attn_metadata"), _around_fits),
+    )
+
+
+def scheduler_patches(new_request_data: type) -> tuple[Patch, ...]:
+    """Patches for the engine core, given the class NewRequestData."""
+    return (Patch(new_request_data, "from_request", ("request", "block_ids", "prefill_token_ids", "uses_mrope"), _around_request),)
+
+
+def ours(runner: Any) -> bool:
+    """Whether the runner drafts with our proposer."""
+    return hasattr(getattr(runner, "drafter", None), "prepare")
+
+
+def _around_propose(propose: Function) -> Function:
+    def propose_draft_token_ids(runner: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        if ours(runner):
+            runner.drafter.prepare(runner, scheduler_output)
+        return propose(runner, scheduler_output, *args, **kwargs)
+
+    return propose_draft_token_ids
+
+
+def _around_fits(fits: Function) -> Function:
+    """A drafter without a model of its own fits always: it keeps each request within the model's length itself.
+
+    vLLM would give junk drafts to the whole batch as soon as one request comes close to the end.
+    """
+
+    def _input_fits_in_drafter(runner: Any, common_attn_metadata: Any) -> Any:
+        return common_attn_metadata is not None if ours(runner) else fits(runner, common_attn_metadata)
+
+    return _input_fits_in_drafter
+
+
+def _around_request(from_request: Any) -> Any:
+    def _from_request(request: Any, *args: Any, **kwargs: Any) -> Any:
+        data = from_request(request, *args, **kwargs)
+        if data.sampling_params is not None and request.cache_salt:
+            data.sampling_params = copy.copy(data.sampling_params)
+            data.sampling_params.extra_args = {SALT: request.cache_salt} | (data.sampling_params.extra_args or {})
+        return data
+
+    return _from_request
+
+
+def configure(runner: Any, changes: dict[str, Any]) -> dict[str, Any]:
+    """Change the drafter's settings and return them all, or {"status", "error"}; for `collective_rpc`."""
+    if not ours(runner):
+        return {"status": 404, "error": "This engine was started without grouped drafting."}
+    drafter = runner.drafter
+    try:
+        drafter.configure(**changes)
+    except ValueError as error:
+        return {"status": 400, "error": str(error)}
+    return drafter.settings()
