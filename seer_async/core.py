@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from seer_async.config import Config
 
 _BUSY_WAIT_S = 1.0  # when an engine says it is busy but not for how long
+_TAIL = 0.1  # the last tenth of the requests
 _MOST_SKIPPED = 8  # requests set aside in one cycle because the only engines that may take them are full
 
 
@@ -475,11 +476,25 @@ class Core:
                 max_tokens=call.max_tokens,
                 position_seeds=call.instance.position_seeds,
                 ignore_eos=request.forced_length is not None,
+                kinship=self._kinship(call) if call.instance.drafts else None,
             ),
             max_tokens=call.max_tokens,
             weight_version=call.weight_version,
             continues=request.generated + call.max_tokens < request.end,
         )
+
+    def _kinship(self, call: Call) -> dict[str, str]:
+        """What an engine that drafts is told: whose sibling the request is, and whether its tokens are urgent.
+
+        A response that began again under other weights is another sequence.
+        """
+        request = call.request
+        tail = self._input_closed and self.buffer.open <= _TAIL * len(self.buffer.requests)
+        return {
+            "seer_group": f"{self.run}/{request.group.id}",
+            "seer_request": f"{request.index}@{call.weight_version}",
+            "seer_priority": "high" if tail or self.policy.is_probe(request) else "low",
+        }
 
     # Ending the run
 

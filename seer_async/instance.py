@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from seer_async.sampling import POSITION_SEEDS
+from seer_async.sampling import DRAFTS, POSITION_SEEDS
 
 if TYPE_CHECKING:
     from seer_async.config import EngineConfig
@@ -105,6 +105,11 @@ class Instance:
     def position_seeds(self) -> bool:
         """Whether seeded noise depends on the position alone."""
         return self.info is not None and POSITION_SEEDS in self.info.capabilities
+
+    @property
+    def drafts(self) -> bool:
+        """Whether it drafts from siblings, and so wants to know them."""
+        return self.info is not None and DRAFTS in self.info.capabilities
 
     @property
     def pool(self) -> str | None:

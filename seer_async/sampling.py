@@ -16,6 +16,7 @@ from seer_async.errors import ConfigError
 
 POSITION_SEEDS = "position_seeds"
 CONTINUATION = "continuation"
+DRAFTS = "drafts"
 
 _SEED_BITS = 63  # vLLM takes a signed 64-bit seed
 
@@ -122,10 +123,12 @@ def call_params(
     max_tokens: int,
     position_seeds: bool,
     ignore_eos: bool = False,
+    kinship: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """VLLM sampling parameters of one call that continues after `generated` tokens, for at most `max_tokens` more.
 
-    Options at their default are left out, so that the body stays small.
+    Options at their default are left out, so that the body stays small. `kinship` tells an engine that drafts which
+    requests are siblings.
     """
     params: dict[str, Any] = {
         "max_tokens": max_tokens,
@@ -136,7 +139,7 @@ def call_params(
         "repetition_penalty": sampling.repetition_penalty,
         "seed": chunk_seed(seed, generated, position_seeds=position_seeds),
         "logprobs": sampling.logprobs,
-        "extra_args": {"seer_prompt_len": prompt_len},
+        "extra_args": {"seer_prompt_len": prompt_len} | (kinship or {}),
     }
     if sampling.min_tokens > generated:
         params["min_tokens"] = min(sampling.min_tokens - generated, max_tokens)

@@ -28,6 +28,7 @@ class _TwoLanes(LoadScopeScheduling):
         return "fleet" if nodeid.startswith("tests/vllm/") else nodeid
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
     return _TwoLanes(config, log)
 

@@ -32,7 +32,8 @@ class Profile(NamedTuple):
     @classmethod
     def fit(cls, points: list[tuple[int, float]]) -> Profile:
         """The line through measured (tokens, milliseconds)."""
-        slope, base = np.polyfit(*np.array(points, dtype=float).T, 1)
+        tokens, milliseconds = zip(*points, strict=True)
+        slope, base = np.polyfit(tokens, milliseconds, 1)
         return cls(max(0.0, float(base)), max(1e-4, float(slope)))
 
 

@@ -38,7 +38,7 @@ class Seer(Policy):
 
     def wait(self, request: Request) -> None:
         self._oldest.push(request.queued, request)
-        if self._is_probe(request):
+        if self.is_probe(request):
             self._probes.push(request.generated, request)
             return
         self._members.setdefault(request.group, WaitingQueue()).push(-request.generated, request)
@@ -57,7 +57,7 @@ class Seer(Policy):
             return oldest
         return self._probes.peek() or self._longest()
 
-    def _is_probe(self, request: Request) -> bool:
+    def is_probe(self, request: Request) -> bool:
         return request.index < self.config.probes
 
     def _rank(self, group: Group) -> None:

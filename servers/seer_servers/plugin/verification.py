@@ -13,6 +13,7 @@ rows into a copy and leaves the rows with whatever was in memory (vLLM issue 550
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def verify(module: Any, sampler: Any, metadata: Any, logits: torch.Tensor, sampl
     processed_mode = sampler.is_processed_logprobs_mode
     bonus = sampler.sampler(
         logits=logits[metadata.bonus_logits_indices],
-        sampling_metadata=module.replace(sampling, max_num_logprobs=None if sampling.max_num_logprobs is None else -1),
+        sampling_metadata=replace(sampling, max_num_logprobs=None if sampling.max_num_logprobs is None else -1),
         predict_bonus_token=True,
         logprobs_mode_override="processed_logits" if processed_mode else "raw_logits",
     )
@@ -98,10 +99,10 @@ def _generators(of_request: dict[int, torch.Generator], counts: Sequence[int]) -
     sources: dict[int, torch.Generator] = {}
     row = 0
     for request, count in enumerate(counts):
-        source = of_request.get(request)
-        for offset in range(count if source is not None else 0):
+        if source := of_request.get(request):
             seeded = isinstance(source, PositionGenerator)
-            sources[row + offset] = source.at(source.position - count + offset) if seeded else source
+            for offset in range(count):
+                sources[row + offset] = source.at(source.position - count + offset) if seeded else source
         row += count
     return sources
 

@@ -1,0 +1,238 @@
+"""Drafts change nothing: the same tokens where noise is keyed by position, the same distribution everywhere.
+
+The model is a table of logits by the last two tokens, so that a whole engine fits into a test; samplers are vLLM's own.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("vllm")
+
+from vllm.platforms import current_platform
+from vllm.v1.sample import rejection_sampler
+from vllm.v1.sample.logits_processor import LogitsProcessors
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.sampler import Sampler
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+
+from seer_servers.plugin import seeds, verification
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+VOCAB = 24
+CPU = torch.device("cpu")
+STOCK_FORWARD = rejection_sampler.RejectionSampler.forward
+STOCK_EXPAND = rejection_sampler.expand_batch_to_tokens
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "cold": {"temperature": 0.6},
+    "top-p": {"temperature": 0.8, "top_p": 0.7},
+    "top-k": {"top_k": 5},
+    "penalties": {"presence": 0.4, "frequency": 0.3, "repetition": 1.2},
+    "bad words": {"bad_words": [[3], [5, 7]]},
+    "all": {"temperature": 0.7, "top_p": 0.9, "top_k": 9, "presence": 0.5, "repetition": 1.1, "bad_words": [[2]]},
+    "greedy": {"temperature": 0.0},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def stand_ins() -> None:
+    current_platform.register_triton_kernel_overrides()
+
+
+@pytest.fixture
+def patched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for patch in verification.v1_patches(rejection_sampler):
+        patch.check()
+        monkeypatch.setattr(patch.owner, patch.name, patch.around(getattr(patch.owner, patch.name)))
+    yield
+
+
+def model(tokens: Sequence[int]) -> torch.Tensor:
+    source = torch.Generator().manual_seed(tokens[-1] * 31 + tokens[-2])
+    return torch.randn(VOCAB, generator=source) * 2
+
+
+def sampling(prompts: list[list[int]], outputs: list[list[int]], drafts: list[list[int]] | None, **opt: Any) -> Any:
+    rows = len(prompts)
+    temperature = opt.get("temperature", 1.0)
+    penalised = bool({"presence", "frequency", "repetition"} & opt.keys())
+    every = lambda value: torch.full((rows,), value, dtype=torch.float32)  # noqa: E731 - read in place
+    padded = torch.full((rows, max(map(len, prompts))), VOCAB)
+    for row, prompt in enumerate(prompts):
+        padded[row, : len(prompt)] = torch.tensor(prompt)
+    return SamplingMetadata(
+        temperature=None if temperature == 0 else every(temperature),
+        all_greedy=temperature == 0,
+        all_random=temperature != 0,
+        top_p=every(opt["top_p"]) if "top_p" in opt else None,
+        top_k=torch.full((rows,), opt["top_k"], dtype=torch.int32) if "top_k" in opt else None,
+        generators=opt.get("generators", {}),
+        max_num_logprobs=2,
+        no_penalties=not penalised,
+        prompt_token_ids=padded if penalised else None,
+        frequency_penalties=every(opt.get("frequency", 0.0)),
+        presence_penalties=every(opt.get("presence", 0.0)),
+        repetition_penalties=every(opt.get("repetition", 1.0)),
+        output_token_ids=outputs,
+        allowed_token_ids_mask=None,
+        bad_words_token_ids=dict.fromkeys(range(rows), opt["bad_words"]) if "bad_words" in opt else {},
+        logitsprocs=LogitsProcessors(),
+        spec_token_ids=drafts,
+    )
+
+
+class Tiny:
+    """An engine of one model and a batch of requests; `drafter` guesses what comes next."""
+
+    def __init__(self, mode: str, options: dict[str, Any], *, seeded: bool = True) -> None:
+        self.sampler = Sampler(logprobs_mode=mode)
+        self.rejection = rejection_sampler.RejectionSampler(self.sampler)
+        self.options = options
+        self.prompts = [[1, 2], [3, 4, 5], [6, 7], [8, 9, 10, 11]]
+        self.outputs: list[list[int]] = [[] for _ in self.prompts]
+        self.logprobs: list[list[tuple[int, float]]] = [[] for _ in self.prompts]
+        self.generators = {row: seeds.PositionGenerator(row + 5, CPU) for row in range(4)} if seeded else {}
+
+    def step(self, drafts: list[list[int]]) -> None:
+        texts = [prompt + output for prompt, output in zip(self.prompts, self.outputs, strict=True)]
+        for row, generator in self.generators.items():
+            generator.seek(len(texts[row]) + len(drafts[row]))
+        rows = [model(text + draft[:i]) for text, draft in zip(texts, drafts, strict=True) for i in range(len(draft) + 1)]
+        spec = drafts if any(drafts) else None
+        metadata = sampling(self.prompts, self.outputs, spec, generators=self.generators, **self.options)
+        if spec is None:
+            out = self.sampler(torch.stack(rows), metadata)
+            self._keep([[int(token)] for (token,) in out.sampled_token_ids], out.logprobs_tensors.tolists().logprobs)
+            return
+        flat = torch.tensor([token for draft in drafts for token in draft], dtype=torch.int32)
+        out = self.rejection(described(drafts, flat), None, torch.stack(rows), metadata)
+        tokens, lists = self.rejection.parse_output(out.sampled_token_ids, VOCAB, logprobs_tensors=out.logprobs_tensors)
+        self._keep(tokens, lists.logprobs)
+
+    def _keep(self, tokens: list[list[int]], logprobs: Any) -> None:
+        at = 0
+        for row, new in enumerate(tokens):
+            self.logprobs[row] += [(token, float(logprobs[at + i][0])) for i, token in enumerate(new)]
+            self.outputs[row] += new
+            at += len(new)
+
+
+def described(drafts: list[list[int]], flat: torch.Tensor) -> SpecDecodeMetadata:
+    counts = torch.tensor([len(draft) for draft in drafts])
+    ends = (counts + 1).cumsum(0)
+    starts = ends - counts - 1
+    target = torch.cat([torch.arange(s, s + c) for s, c in zip(starts.tolist(), counts.tolist(), strict=True)])
+    return SpecDecodeMetadata(
+        draft_token_ids=flat,
+        num_draft_tokens=counts.tolist(),
+        cu_num_draft_tokens=counts.cumsum(0).to(torch.int32),
+        cu_num_sampled_tokens=ends.to(torch.int32),
+        target_logits_indices=target,
+        bonus_logits_indices=ends - 1,
+        logits_indices=torch.arange(int(ends[-1])),
+    )
+
+
+def grown(mode: str, options: dict[str, Any], length: int, guess: Callable[[int, int], list[int]]) -> Tiny:
+    tiny = Tiny(mode, options)
+    while min(map(len, tiny.outputs)) < length:
+        tiny.step([guess(row, len(output)) for row, output in enumerate(tiny.outputs)])
+    return tiny
+
+
+@pytest.mark.parametrize("mode", ["processed_logprobs", "raw_logprobs"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_the_same_tokens_and_logprobs_as_without_drafts(patched: None, options: dict[str, Any], mode: str) -> None:
+    truth = grown(mode, options, 60, lambda *_: [])
+    noise = torch.Generator().manual_seed(0)
+
+    def guess(row: int, at: int) -> list[int]:
+        """What really comes next, spoilt somewhere or not at all; of any length, also none."""
+        count = int(torch.randint(0, 6, (1,), generator=noise))
+        right = truth.outputs[row][at : at + count]
+        spoilt = int(torch.randint(0, 8, (1,), generator=noise))
+        return [(token + (i == spoilt)) % VOCAB for i, token in enumerate(right)]
+
+    drafted = grown(mode, options, 50, guess)
+    for row in range(4):
+        assert drafted.outputs[row][:50] == truth.outputs[row][:50]
+        for (token, logprob), (_, expected) in zip(drafted.logprobs[row][:50], truth.logprobs[row][:50], strict=True):
+            assert logprob == pytest.approx(expected, abs=1e-5), token
+
+
+def test_a_padding_draft_is_never_accepted(patched: None) -> None:
+    tiny = Tiny("raw_logprobs", {})
+    tiny.step([[-1, -1], [], [-1], []])
+    assert [len(output) for output in tiny.outputs] == [1, 1, 1, 1]
+
+
+class TestDistribution:
+    """A batch of equal rows is as many samples; chi-square against the exact probabilities."""
+
+    ROWS = 20_000
+    DRAFT = (int(model([1, 2]).topk(2).indices[1]), 9)  # the second likeliest token, and any
+
+    def after_draft(self) -> torch.Tensor:
+        return model([2, self.DRAFT[0]])
+
+    def counts(self, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """How often each token came first, and second after the first draft was followed."""
+        texts = [[1, 2]] * self.ROWS
+        drafts = [list(self.DRAFT)] * self.ROWS
+        rows = torch.stack([model([1, 2]), self.after_draft(), model(self.DRAFT)]).repeat(self.ROWS, 1)
+        metadata = sampling(texts, [[]] * self.ROWS, drafts, **options)
+        flat = torch.tensor(self.DRAFT, dtype=torch.int32).repeat(self.ROWS)
+        rejection = rejection_sampler.RejectionSampler(Sampler(logprobs_mode="processed_logprobs"))
+        tokens = rejection(described(drafts, flat), None, rows, metadata).sampled_token_ids.long()
+        first = torch.bincount(tokens[:, 0], minlength=VOCAB)
+        followed = tokens[tokens[:, 0] == self.DRAFT[0], 1]
+        return first, torch.bincount(followed[followed >= 0], minlength=VOCAB)
+
+    def p_value(self, counts: torch.Tensor, logits: torch.Tensor, temperature: float) -> float:
+        expected = (logits / temperature).softmax(-1) * counts.sum()
+        common = expected >= 5
+        observed = torch.cat((counts[common].double(), counts[~common].sum()[None].double()))
+        wanted = torch.cat((expected[common].double(), expected[~common].sum()[None].double()))
+        keep = wanted > 0
+        statistic = float(((observed - wanted)[keep] ** 2 / wanted[keep]).sum())
+        freedom = int(keep.sum()) - 1
+        return float(torch.special.gammaincc(torch.tensor(freedom / 2.0), torch.tensor(statistic / 2)))
+
+    @pytest.mark.parametrize("temperature", [1.0, 0.6])
+    def test_it_is_the_policys(self, patched: None, temperature: float) -> None:
+        torch.manual_seed(1)
+        first, second = self.counts(temperature=temperature)
+        assert self.p_value(first, model([1, 2]), temperature) > 1e-4
+        assert second.sum() > 200
+        assert self.p_value(second, self.after_draft(), temperature) > 1e-4
+
+    def test_the_cpu_stand_in_is_caught(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """vLLM's own path on a CPU without Triton: drafted rows are divided by whatever lay in memory."""
+        monkeypatch.setattr(rejection_sampler, "expand_batch_to_tokens", broken_expand)
+        torch.manual_seed(1)
+        first, _ = self.counts(temperature=0.6)
+        assert self.p_value(first, model([1, 2]), 0.6) < 1e-9
+
+
+def broken_expand(x: Any, cu_num_tokens: Any, num_tokens: int, replace_from: float = 0, replace_to: float = 0) -> Any:
+    """vLLM's function with memory that an earlier tensor left: the stand-in never writes there."""
+    if x.dtype != torch.float32:
+        return STOCK_EXPAND(x, cu_num_tokens, num_tokens, replace_from, replace_to)
+    out = torch.full((num_tokens,), 3.0)
+    rejection_sampler._expand(out, x, cu_num_tokens, replace_from, replace_to)
+    return out
+
+
+def test_expand_repeats_each_value() -> None:
+    x, ends = torch.tensor([0.5, 0.0, 2.0]), torch.tensor([2, 2, 5], dtype=torch.int32)
+    assert verification.expand(x, ends, 5, 0, 1).tolist() == [0.5, 0.5, 2.0, 2.0, 2.0]
+    assert verification.expand(torch.tensor([0.0, 3.0]), torch.tensor([1, 2]), 2, 0, 1).tolist() == [1.0, 3.0]
+    assert math.isclose(float(verification.expand(x, ends, 5)[0]), 0.5)
