@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 _POOLS = ("auto", "shm", "mooncake", "none")
+_DRAFTS = ("auto", "grouped", "suffix", "ngram", "none")
 
 
 def _require(ok: bool, message: str) -> None:  # noqa: FBT001 - a condition is what it takes
@@ -116,9 +117,9 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     `file` names running ones too: a fleet of `seer fleet up`, or a JSON file (a path with a slash, or ending in .json).
     `engines` local vLLM servers are started when neither is given; they share KV through `kv_pool`, of `kv_pool_gib`
-    GiB with `kv_pool_disk_gib` GiB of disk behind it. `model` is a folder or hub name for local engines (the default is
-    the small model that Seer fetches by itself); `tokenizer` names a folder with tokenizer.json
-    where engines do not give theirs.
+    GiB with `kv_pool_disk_gib` GiB of disk behind it, and draft as `draft` says, at most `draft_tokens` at a time.
+    `model` is a folder or hub name for local engines (the default is the small model that Seer fetches by itself);
+    `tokenizer` names a folder with tokenizer.json where engines do not give theirs.
     """
 
     servers: list[str] = []
@@ -133,6 +134,8 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     kv_pool: str = "auto"
     kv_pool_gib: float = 4.0
     kv_pool_disk_gib: float = 0.0
+    draft: str = "auto"
+    draft_tokens: int = 8
     max_num_seqs: int | None = None
     vllm_args: list[str] = []
 
@@ -143,6 +146,8 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         )
         _require(self.engines >= 1, "fleet.engines must be at least 1")
         _require(self.kv_pool in _POOLS, f"fleet.kv_pool must be one of {', '.join(_POOLS)}")
+        _require(self.draft in _DRAFTS, f"fleet.draft must be one of {', '.join(_DRAFTS)}")
+        _require(1 <= self.draft_tokens <= 64, "fleet.draft_tokens must be from 1 to 64")  # noqa: PLR2004 - more only costs
         _require(self.kv_pool_gib > 0, "fleet.kv_pool_gib must be above 0")
         _require(self.kv_pool_disk_gib >= 0, "fleet.kv_pool_disk_gib must be 0 (no disk) or more")
 

@@ -27,6 +27,8 @@ from seer_async.rollout import Rollout, open_fleet
 from seer_async.runfolder import RunFolder
 from seer_async.workload import Outcome, heavy_tailed_lengths, outcome
 from seer_cli.display import make_display
+from seer_cli.draftserver import bench_draft_server
+from seer_cli.engines import local_spec
 from seer_cli.kvbench import Figures, measure_pool
 from seer_cli.load import measure_core
 from seer_cli.output import print_json
@@ -37,8 +39,15 @@ if TYPE_CHECKING:
     from seer_async.types import Prompt
 
 bench = typer.Typer(help="Measure policies on a live fleet, and the orchestrator itself.", no_args_is_help=True)
+bench.command("draft-server")(bench_draft_server)
 
-
+    "story",
+    "explanation",
+    "coding",
+    "planning",
+    "summary",
+    "word_problem",
+}  # prompts whose responses are mostly decoding
 _NO_POOL = "-pool"  # after a policy's name
 
 _Servers = Annotated[
@@ -227,6 +236,58 @@ async def _measure_pool(config: Config, work: dict[str, int]) -> Figures:
         async with engine_urls(config, Path(scratch), display) as urls, open_fleet(config, urls) as engines:
             await engines.attach()
             return await measure_pool(list(engines.clients.values()), **work)
+
+
+@bench.command("drafts")
+def drafts(
+    *,
+    contender: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Ways to draft; repeatable: none, grouped, suffix (needs arctic-inference), ngram. [default: none, "
+            "grouped, ngram]",
+            show_default=False,
+        ),
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Requests at once; repeatable. [default: 1, 4, 16, 64]")
+    ] = None,
+    temperature: Annotated[list[float] | None, typer.Option(help="Repeatable. [default: 0.6, 1.0]")] = None,
+    elsewhere: Annotated[
+        bool, typer.Option(help="Also measure siblings that ran on another engine, at batch 4.")
+    ] = True,
+    siblings: Annotated[int, typer.Option("-n", min=2, help="Responses to each prompt.")] = 16,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest response.")] = 192,
+    repeats: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 3,
+    draft_tokens: Annotated[int, typer.Option(min=1, max=64, help="Longest draft.")] = 8,
+    model: Annotated[str | None, typer.Option(help="Model folder. [default: a small model, fetched once]")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print every turn and score as JSON on stdout.")] = False,
+) -> None:
+    """Measure drafting: engines that draft in different ways, at the same requests, against one that does not."""
+    from seer_cli.specbench import BASELINE, Point, measure_drafts, score_table, scores  # noqa: PLC0415 - heavy
+
+    config = resolve({"fleet": {"model": model, "draft_tokens": draft_tokens, "kv_cache_gib": 1.0}})
+    points = [Point(b, t) for t in temperature or [0.6, 1.0] for b in batch or [1, 4, 16, 64]]
+    points += [Point(4, t, elsewhere=True) for t in temperature or [0.6, 1.0]] if elsewhere else []
+    prompts = read_dataset(default_dataset())
+    with tempfile.TemporaryDirectory() as scratch, make_display("plain") as display:
+        turns = uvloop.run(
+            measure_drafts(
+                local_spec(config.fleet),
+                Path(scratch),
+                prompts,
+                contenders=list(dict.fromkeys([BASELINE, *(contender or ["grouped", "ngram"])])),
+                points=points,
+                siblings=siblings,
+                max_tokens=max_tokens,
+                repeats=repeats,
+                say=display.phase,
+            )
+        )
+    if json:
+        print_json({"turns": msgspec.to_builtins(turns), "scores": msgspec.to_builtins(scores(turns))})
+    else:
+        Console().print(score_table(turns))
 
 
 @bench.command("core")

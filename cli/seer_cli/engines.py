@@ -45,6 +45,11 @@ def pool_kind(asked: str) -> str:
     return asked if asked != "auto" else "none" if visible_gpus() else "shm"
 
 
+def draft_kind(asked: str) -> str:
+    """What "auto" means here: drafts from siblings, which stop by themselves where they do not pay."""
+    return asked if asked != "auto" else "none"
+
+
 def local_spec(config: FleetConfig) -> EngineSpec:
     """What each local engine serves; fetches the small default model when none is named."""
     from seer_servers.fleet import EngineSpec  # noqa: PLC0415 - only where engines are started
@@ -57,6 +62,8 @@ def local_spec(config: FleetConfig) -> EngineSpec:
         "max_num_seqs": config.max_num_seqs,
         "num_blocks": config.kv_blocks,
         "kv_cache_gib": config.kv_cache_gib,
+        "draft": draft_kind(config.draft),
+        "draft_tokens": config.draft_tokens,
     }
     options = defaults | {name: value for name, value in chosen.items() if value is not None}
     model = config.model or str(ensure_default_model())

@@ -87,6 +87,14 @@ def up(
             show_default=False,
         ),
     ] = None,
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            help="How the engines draft: grouped (from the siblings of a response), suffix or ngram (vLLM's own), "
+            "none, or auto. [default: auto]",
+            show_default=False,
+        ),
+    ] = None,
     kv_pool_gib: _PoolGib = None,
     kv_pool_disk_gib: _PoolDiskGib = None,
     kv_blocks: _KvBlocks = None,
@@ -115,6 +123,7 @@ def up(
         engines=engines,
         model=model,
         kv_pool=kv_pool,
+        draft=draft,
         kv_pool_gib=kv_pool_gib,
         kv_pool_disk_gib=kv_pool_disk_gib,
         kv_blocks=kv_blocks,

@@ -9,6 +9,7 @@ import typer
 from seer_async import __version__
 from seer_async.errors import SeerError
 from seer_cli.bench import bench
+from seer_cli.draftserver import draft_server
 from seer_cli.fleet import fleet
 from seer_cli.mock import mock_engine
 from seer_cli.rollout import rollout
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 app.command("rollout")(rollout)
 app.command("mock-engine")(mock_engine)
+app.command("draft-server")(draft_server)
 app.add_typer(fleet, name="fleet")
 app.add_typer(bench, name="bench")
 

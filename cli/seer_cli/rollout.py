@@ -115,6 +115,15 @@ def rollout(
             show_default=False,
         ),
     ] = None,
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            help="How local engines draft: grouped (from the siblings of a response), suffix or ngram (vLLM's own), "
+            "none, or auto. It changes no sample. [default: auto]",
+            rich_help_panel=_FLEET,
+            show_default=False,
+        ),
+    ] = None,
     engines: Annotated[
         int | None, typer.Option(help="Local vLLM engines to start. [default: 2]", rich_help_panel=_FLEET)
     ] = None,
@@ -194,6 +203,7 @@ def rollout(
         "fleet.servers": server,
         "fleet.file": fleet,
         "fleet.kv_pool": kv_pool,
+        "fleet.draft": draft,
         "fleet.engines": engines,
         "fleet.model": model,
         "fleet.tokenizer": tokenizer,

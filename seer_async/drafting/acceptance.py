@@ -37,6 +37,10 @@ class Acceptance:
         """Chance that a token with this match and share is accepted, once the tokens before it were."""
         return self._table[bisect_right(MATCHES, match)][bisect_right(SHARES, share)]
 
+    def table(self) -> list[list[float]]:
+        """The chances, a row for each bucket of match length and a column for each of vote share."""
+        return [[round(chance, 3) for chance in row] for row in self._table]
+
     def survival(self, match: int, scores: Sequence[float]) -> list[float]:
         """Chance that each token of a path is accepted with all before it.
 

@@ -3,8 +3,8 @@
 A drafted token is worth its chance to be accepted with all before it, and costs what the step grows by. Taking the
 batch's most likely tokens first, n of them are worth sum(p) and the step takes T(B, n): the best n is where tokens per
 second, (B + sum(p)) / T(B, n), peak. Every chance falls along a path, so the n best of the batch are a prefix of each
-request's path. It is the paper's marginal-benefit-aware budget, taken a token at a time instead of a position of a whole
-class at a time: its two classes are weights on what a token is worth.
+request's path. It is the paper's marginal-benefit-aware budget, taken a token at a time instead of a position of a
+whole class at a time: its two classes are weights on what a token is worth.
 
 Invariants: no drafts where the model does not expect to gain at least `MARGIN`; a batch that has not gained for
 `OFF_AFTER` steps is only tried now and then; a batch that gains is now and then run without, so that both are known.
@@ -65,9 +65,7 @@ class Budget:
 
     def _best(self, survival: Sequence[Sequence[float]], weights: Sequence[float], margin: float) -> list[int]:
         batch = len(survival)
-        values = np.array(
-            [chance * weight for path, weight in zip(survival, weights, strict=True) for chance in path]
-        )
+        values = np.array([chance * weight for path, weight in zip(survival, weights, strict=True) for chance in path])
         if not values.size:
             return [0] * batch
         order = np.argsort(-values, kind="stable")

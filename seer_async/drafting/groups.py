@@ -1,8 +1,8 @@
 """What an engine knows of the groups it drafts for: each request's tokens by position, and an index over them.
 
-Tokens of a request come from its own engine step by step, and from other engines through the draft server, late, twice or
-overlapping. Invariants: a token enters an index once, in its place; tokens behind a gap are left out; groups together
-hold at most `max_tokens`, the least recently used is forgotten first.
+Tokens of a request come from its own engine step by step, and from other engines through the draft server, late, twice
+or overlapping. Invariants: a token enters an index once, in its place; tokens behind a gap are left out; groups
+together hold at most `max_tokens`, the least recently used is forgotten first.
 """
 
 from __future__ import annotations

@@ -52,6 +52,10 @@ class StepTime:
         """Predicted milliseconds for 0, 1, ... `drafts` drafted tokens."""
         return self._model(requests).curve(requests, drafts)
 
+    def parameters(self) -> dict[str, list[float]]:
+        """Base, per_token, per_draft and jump in milliseconds, for each range of batch sizes, by its lower end."""
+        return {str(1 << (bucket - 1)): model.parameters for bucket, model in sorted(self._models.items())}
+
     def _model(self, requests: int) -> _Model:
         bucket = requests.bit_length()
         if bucket not in self._models:
@@ -79,6 +83,10 @@ class _Model:
         self._products = self._products * fade + features * milliseconds
         hold = np.diag(TRUST)
         self._parameters = np.linalg.solve(self._squares + hold, self._products + hold @ self._start)
+
+    @property
+    def parameters(self) -> list[float]:
+        return [round(float(value), 3) for value in self._parameters]
 
     def curve(self, requests: int, drafts: int) -> NDArray[np.float64]:
         base, per_token, per_draft, jump = self._parameters

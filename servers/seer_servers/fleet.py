@@ -18,6 +18,7 @@ import aiohttp
 import msgspec
 
 from seer_async.errors import FleetError
+from seer_servers.drafting.kinds import GROUPED, speculative_config
 from seer_servers.placement import GIB, Placement, place
 from seer_servers.process import Process
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
+    from seer_servers.drafting.service import DraftService
     from seer_servers.kvpool.pool import Pool
 
 HOST = "127.0.0.1"
@@ -51,7 +53,8 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     """What every engine of a local fleet serves and how; None leaves it to the place, or else to vLLM.
 
     `model` is a folder in Hugging Face's layout. `num_blocks` makes the KV cache exactly that many blocks of
-    `block_size` tokens, whatever its size in GiB. `extra_args` and `extra_env` come last and so decide.
+    `block_size` tokens, whatever its size in GiB. `draft` is a kind of `seer_servers.drafting.kinds`, of at most
+    `draft_tokens` at a time. `extra_args` and `extra_env` come last and so decide.
     """
 
     model: str
@@ -63,6 +66,8 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     num_blocks: int | None = None
     kv_cache_gib: float | None = None
     logprobs_mode: str = "processed_logprobs"  # those of the distribution that was sampled from
+    draft: str = "none"
+    draft_tokens: int = 8
     extra_args: tuple[str, ...] = ()
     extra_env: dict[str, str] = {}
 
@@ -78,6 +83,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
             "--num-gpu-blocks-override": self.num_blocks,
             "--kv-cache-memory-bytes": None if self.kv_cache_gib is None else int(self.kv_cache_gib * GIB),
             "--logprobs-mode": self.logprobs_mode,
+            "--speculative-config": speculative_config(self.draft, self.draft_tokens),
         }
         given = {name: str(value) for name, value in wanted.items() if value is not None}
         options = {"--host": host, "--port": str(port)} | SWITCHES | placement.options | given
@@ -92,7 +98,15 @@ class LocalEngine:
     """
 
     def __init__(
-        self, index: int, port: int, spec: EngineSpec, placement: Placement, run_dir: Path, *, pool: Pool | None = None
+        self,
+        index: int,
+        port: int,
+        spec: EngineSpec,
+        placement: Placement,
+        run_dir: Path,
+        *,
+        pool: Pool | None = None,
+        drafts: DraftService | None = None,
     ) -> None:
         self.name = f"engine-{index}"
         self.url = f"http://{HOST}:{port}"
@@ -101,6 +115,7 @@ class LocalEngine:
         self.state = "starting"
         self._index = index
         self._pool = pool
+        self._drafts = drafts
         self._arguments = spec.arguments(port, placement)
         inherited = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
         self._env = inherited | ENV | placement.env
@@ -124,7 +139,10 @@ class LocalEngine:
         self.epoch += 1
         self.state = "starting"
         pooling = self._pool.arguments(self._index) if self._pool else []
-        env = self._env | (self._pool.env(self._index) if self._pool else {}) | self._extra_env
+        env = dict(self._env)
+        for service in (self._pool, self._drafts):
+            env |= service.env(self._index) if service else {}
+        env |= self._extra_env
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *pooling, *self._arguments]
         self._process = await Process.start(command, env, self.log)
 
@@ -163,7 +181,8 @@ class LocalEngine:
 class LocalFleet:
     """A fleet of `count` engines, up while the `async with` block lasts; `say` is told what happens, line by line.
 
-    The engines share `pool`, if there is one; its services start before them and end after them.
+    The engines share `pool`, if there is one, and a draft server, if they draft from siblings; both start before them
+    and end after them.
     """
 
     def __init__(
@@ -178,7 +197,10 @@ class LocalFleet:
         placements = place(count, spec.model)
         ports = free_ports(count)
         self.pool = pool
-        self.engines = [LocalEngine(i, ports[i], spec, placements[i], run_dir, pool=pool) for i in range(count)]
+        self.drafts = _draft_service(run_dir) if spec.draft == GROUPED else None
+        self.engines = [
+            LocalEngine(i, ports[i], spec, placements[i], run_dir, pool=pool, drafts=self.drafts) for i in range(count)
+        ]
         self._say = say
         self._keepers: list[asyncio.Task[None]] = []
 
@@ -202,8 +224,9 @@ class LocalFleet:
         await self._stop()
 
     async def _start(self) -> None:
-        if self.pool:
-            await self.pool.start()
+        for service in (self.pool, self.drafts):
+            if service:
+                await service.start()
         news = asyncio.create_task(self._tell_progress())
         try:
             async with asyncio.TaskGroup() as group:
@@ -249,8 +272,15 @@ class LocalFleet:
             keeper.cancel()
         await asyncio.gather(*self._keepers, return_exceptions=True)
         await asyncio.gather(*(engine.stop() for engine in self.engines))
-        if self.pool:
-            await self.pool.stop()
+        for service in (self.drafts, self.pool):
+            if service:
+                await service.stop()
+
+
+def _draft_service(run_dir: Path) -> DraftService:
+    from seer_servers.drafting.service import DraftService  # noqa: PLC0415 - only where engines draft
+
+    return DraftService(run_dir)
 
 
 def free_ports(count: int) -> list[int]:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("vllm")
+pytest.importorskip("vllm", reason="these are vLLM's samplers")
 
+import torch
 from vllm.platforms import current_platform
 from vllm.v1.sample import rejection_sampler
 from vllm.v1.sample.logits_processor import LogitsProcessors
@@ -23,7 +23,7 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from seer_servers.plugin import seeds, verification
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
 VOCAB = 24
 CPU = torch.device("cpu")
@@ -48,11 +48,10 @@ def stand_ins() -> None:
 
 
 @pytest.fixture
-def patched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def patched(monkeypatch: pytest.MonkeyPatch) -> None:
     for patch in verification.v1_patches(rejection_sampler):
         patch.check()
         monkeypatch.setattr(patch.owner, patch.name, patch.around(getattr(patch.owner, patch.name)))
-    yield
 
 
 def model(tokens: Sequence[int]) -> torch.Tensor:
@@ -105,7 +104,9 @@ class Tiny:
         texts = [prompt + output for prompt, output in zip(self.prompts, self.outputs, strict=True)]
         for row, generator in self.generators.items():
             generator.seek(len(texts[row]) + len(drafts[row]))
-        rows = [model(text + draft[:i]) for text, draft in zip(texts, drafts, strict=True) for i in range(len(draft) + 1)]
+        rows = [
+            model(text + draft[:i]) for text, draft in zip(texts, drafts, strict=True) for i in range(len(draft) + 1)
+        ]
         spec = drafts if any(drafts) else None
         metadata = sampling(self.prompts, self.outputs, spec, generators=self.generators, **self.options)
         if spec is None:

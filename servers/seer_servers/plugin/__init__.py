@@ -11,8 +11,10 @@ import logging
 def register() -> None:
     """Prepare this process for its workers. vLLM calls it in every process, perhaps more than once."""
     try:
+        from seer_servers.plugin.draft_stats import announce  # noqa: PLC0415 - a failure must not stop the engine
         from seer_servers.plugin.worker import hook  # noqa: PLC0415 - costs seconds where vLLM has not loaded it
 
+        announce()
         hook()
     except Exception:
         # Without the hook the engine serves as stock vLLM does, and advertises no capability.

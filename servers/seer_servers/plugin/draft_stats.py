@@ -4,10 +4,13 @@ The worker writes its counts to a file of its own now and then (a rename, so nev
 stop the engine for a step. Counts are totals since the engine's start.
 """
 
+import atexit
 import json
 import os
+import shutil
 import tempfile
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +67,7 @@ class DraftStats:
             "by_group": self._groups,
         }
 
-    def publish(self, **more: float) -> None:
+    def publish(self, **more: Any) -> None:
         """Show the counts, and `more`, to the API process."""
         path = os.environ.get(STATS_ENV)
         now = time.monotonic()
@@ -75,6 +78,7 @@ class DraftStats:
 
 def write_page(path: Path, page: dict[str, Any]) -> None:
     """Replace the page."""
+    path.parent.mkdir(mode=0o700, exist_ok=True)
     temporary = path.with_suffix(".new")
     temporary.write_text(json.dumps(page), encoding="utf-8")
     temporary.replace(path)
@@ -91,6 +95,8 @@ def read_page() -> dict[str, Any] | None:
 
 
 def announce() -> None:
-    """Choose the file, in the API process, before it starts its workers."""
+    """Choose the file, in the first process of an engine: those that it starts inherit the name."""
     if STATS_ENV not in os.environ:
-        os.environ[STATS_ENV] = str(Path(tempfile.mkdtemp(prefix="seer-drafts-")) / "stats.json")
+        folder = Path(tempfile.gettempdir()) / f"seer-drafts-{uuid.uuid4().hex}"
+        os.environ[STATS_ENV] = str(folder / "stats.json")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)

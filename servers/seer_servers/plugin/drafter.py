@@ -1,8 +1,8 @@
 """Grouped drafting in Model Runner V1: a request's siblings, here and on other engines, say what may come next.
 
-vLLM calls `propose` after every step. It hands the step's new tokens to the group's index and to the draft server, takes
-in what siblings elsewhere have generated, learns from what became of the last drafts and how long the step took, and
-answers with as many tokens for each request as the budget finds worth verifying: often none.
+vLLM calls `propose` after every step. It hands the step's new tokens to the group's index and to the draft server,
+takes in what siblings elsewhere have generated, learns from what became of the last drafts and how long the step took,
+and answers with as many tokens for each request as the budget finds worth verifying: often none.
 
 Invariants: nothing here waits for anything outside the process; a draft never reaches past a request's last token, the
 model's length or a pending minimum length; whatever is drafted, what is sampled stays the same (see `verification`).
@@ -31,7 +31,7 @@ logger = init_logger("vllm.seer")
 
 SERVER_ENV = "SEER_DRAFT_SERVER"
 TTL_S = 600.0  # how long the draft server keeps a group that no engine speaks of
-SWEEP_EVERY = 256  # steps
+SWEEP_EVERY = 32  # steps
 SETTINGS = ("max_spec_tokens", "pattern_lookup_min", "pattern_lookup_max", "min_score")
 PROFILE_TOKENS = (1, 2, 4, 8, 16, 32, 64)
 PROFILE_ROUNDS = 3
@@ -75,6 +75,7 @@ class GroupedDrafter:
 
     def __init__(self, vllm_config: Any) -> None:
         self._model_len: int = vllm_config.model_config.max_model_len
+        self._vocabulary: int = vllm_config.model_config.get_vocab_size()
         self._most: int = vllm_config.speculative_config.num_speculative_tokens
         self.lookup = Lookup(max_spec_tokens=self._most)
         self.enabled = True
@@ -131,7 +132,7 @@ class GroupedDrafter:
     ) -> list[list[int]]:
         """Drafts for each row of the batch; none for a row that is still prefilling.
 
-        `num_tokens_no_spec` [rows] and `token_ids_cpu` [rows, max_model_len] hold the rows' tokens, this step's included.
+        `num_tokens_no_spec` [rows] and `token_ids_cpu` [rows, max_model_len] hold the rows' tokens with this step's.
         """
         del slot_mappings
         start = time.perf_counter()
@@ -181,7 +182,8 @@ class GroupedDrafter:
                 self.client.update(row.group, row.request, row.known, new.tolist())
             row.known = max(row.known, length - row.prompt_len)
         for other in self.client.fetched() if self.client else ():
-            self.groups.add(other.group, other.request, other.prev_token_count, other.tokens)
+            if int(other.tokens.max()) < self._vocabulary:  # what others send is not to be trusted
+                self.groups.add(other.group, other.request, other.prev_token_count, other.tokens)
 
     def _judge(self, row: Row, verified: int, accepted: int) -> None:
         path, row.path = row.path, None
@@ -213,7 +215,11 @@ class GroupedDrafter:
             del self._rows[request_id]
         self.groups.trim()
         self.stats.publish(
-            groups=len(self.groups), tokens=self.groups.tokens, **(self.client.stats() if self.client else {})
+            groups=len(self.groups),
+            tokens=self.groups.tokens,
+            step_ms=self.budget.times.parameters(),
+            acceptance=self.acceptance.table(),
+            **(self.client.stats() if self.client else {}),
         )
 
 

@@ -36,12 +36,33 @@ def v1_patches(runner: type) -> tuple[Patch, ...]:
 
 def scheduler_patches(new_request_data: type) -> tuple[Patch, ...]:
     """Patches for the engine core, given the class NewRequestData."""
-    return (Patch(new_request_data, "from_request", ("request", "block_ids", "prefill_token_ids", "uses_mrope"), _around_request),)
+    return (
+        Patch(
+            new_request_data,
+            "from_request",
+            ("request", "block_ids", "prefill_token_ids", "uses_mrope"),
+            _around_request,
+        ),
+    )
 
 
 def ours(runner: Any) -> bool:
     """Whether the runner drafts with our proposer."""
     return hasattr(getattr(runner, "drafter", None), "prepare")
+
+
+def profile_when_warm(worker: Any) -> None:
+    """Have our drafter time the model once the worker has warmed it up, before it serves."""
+    if not ours(worker.model_runner):
+        return
+    warm_up = worker.compile_or_warm_up_model
+
+    def compile_or_warm_up_model() -> Any:
+        result = warm_up()
+        worker.model_runner.drafter.profile(worker.model_runner)
+        return result
+
+    worker.compile_or_warm_up_model = compile_or_warm_up_model
 
 
 def _around_propose(propose: Function) -> Function:
@@ -85,4 +106,5 @@ def configure(runner: Any, changes: dict[str, Any]) -> dict[str, Any]:
         drafter.configure(**changes)
     except ValueError as error:
         return {"status": 400, "error": str(error)}
-    return drafter.settings()
+    settings: dict[str, Any] = drafter.settings()
+    return settings

@@ -8,13 +8,13 @@ The chance to be accepted is the same.
 Invariants: what a request gets does not depend on its drafts: the same distribution always, and with position seeds the
 same tokens; the logprobs are those of the distribution that was drawn from, the same as without drafts.
 
-It also takes the place of `expand_batch_to_tokens`, whose CPU stand-in writes the temperature, top-k and top-p of drafted
-rows into a copy and leaves the rows with whatever was in memory (vLLM issue 55005).
+It also takes the place of `expand_batch_to_tokens`, whose CPU stand-in writes the temperature, top-k and top-p of
+drafted rows into a copy and leaves the rows with whatever was in memory (vLLM issue 55005).
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -76,7 +76,8 @@ def verify(module: Any, sampler: Any, metadata: Any, logits: torch.Tensor, sampl
     logprobs = None
     if sampling.max_num_logprobs is not None:
         rows = target if processed_mode else raw
-        logprobs = _logprobs(sampler, sampling.max_num_logprobs, grid, tokens, rows, bonus.logprobs_tensors.logprobs)
+        kept = grid.kept(tokens, rows, bonus.logprobs_tensors.logprobs)
+        logprobs = _logprobs(sampler, sampling.max_num_logprobs, kept, tokens.numel())
     return module.SamplerOutput(sampled_token_ids=tokens, logprobs_tensors=logprobs)
 
 
@@ -107,6 +108,14 @@ def _generators(of_request: dict[int, torch.Generator], counts: Sequence[int]) -
     return sources
 
 
+class Kept(NamedTuple):
+    """Tokens that were kept: their places in the flat grid, their ids, and the logits they were drawn from."""
+
+    places: torch.Tensor
+    token_ids: torch.Tensor
+    logits: torch.Tensor
+
+
 class Grid:
     """Drafted tokens, flat, laid out as one row a request with a last place for the bonus token."""
 
@@ -128,22 +137,25 @@ class Grid:
         reached[:, 1:] = same[:, :-1].cumprod(dim=1).to(torch.bool)
         return torch.where(reached, tokens, PLACEHOLDER)
 
+    def kept(self, tokens: torch.Tensor, target: torch.Tensor, bonus: torch.Tensor) -> Kept:
+        """What is kept of `tokens` [requests, width], with logits: `target` of drafted places, `bonus` of the last."""
+        kept = tokens != PLACEHOLDER
+        drafted, last = self.drafted & kept, self.bonus & kept
+        return Kept(
+            places=torch.cat((drafted.flatten().nonzero(), last.flatten().nonzero())).flatten(),
+            token_ids=torch.cat((tokens[drafted], tokens[last])).to(torch.int64),
+            logits=torch.cat((target[kept[self.drafted]], bonus.to(target.dtype)[kept[self.bonus]])),
+        )
 
-def _logprobs(
-    sampler: Any, count: int, grid: Grid, tokens: torch.Tensor, target: torch.Tensor, bonus: torch.Tensor
-) -> Any:
-    """Logprobs of the kept tokens, in vLLM's shape: a row for every place of the grid, kept or not.
 
-    `target` and `bonus` are logits; only rows of kept tokens are normalised, which is most of the cost.
+def _logprobs(sampler: Any, count: int, kept: Kept, size: int) -> Any:
+    """Logprobs of the kept tokens, in vLLM's shape: a row for each of the grid's `size` places, kept or not.
+
+    Only rows of kept tokens are normalised, which is most of the cost.
     """
-    kept = tokens != PLACEHOLDER
-    of_target = kept[grid.drafted]
-    logits = torch.cat((target[of_target], bonus.to(target.dtype)[kept[grid.bonus]]))
-    chosen = torch.cat((tokens[grid.drafted & kept], tokens[grid.bonus & kept])).to(torch.int64)
-    rows = logits if sampler.is_logits_logprobs_mode else sampler.sampler.compute_logprobs(logits)
-    gathered = sampler.sampler.gather_logprobs(rows, count, chosen)
-    places = torch.cat(((grid.drafted & kept).flatten().nonzero(), (grid.bonus & kept).flatten().nonzero())).flatten()
-    return type(gathered)(*(_scattered(values, places, kept.numel()) for values in gathered[:3]))
+    rows = kept.logits if sampler.is_logits_logprobs_mode else sampler.sampler.compute_logprobs(kept.logits)
+    gathered = sampler.sampler.gather_logprobs(rows, count, kept.token_ids)
+    return type(gathered)(*(_scattered(values, kept.places, size) for values in gathered[:3]))
 
 
 def _scattered(values: torch.Tensor, places: torch.Tensor, size: int) -> torch.Tensor:

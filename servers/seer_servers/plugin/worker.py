@@ -6,6 +6,7 @@ import of a runner. The API server asks the workers themselves: `collective_rpc(
 """
 
 import functools
+import os
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -39,7 +40,9 @@ def _around_init_device(init_device: Function) -> Function:
     def _init_device(wrapper: Any) -> Any:
         wrapper.seer_support = functools.partial(dict, support(wrapper.vllm_config))
         wrapper.seer_draft_config = lambda changes: drafting.configure(wrapper.worker.model_runner, changes)
-        return init_device(wrapper)
+        result = init_device(wrapper)
+        drafting.profile_when_warm(wrapper.worker)
+        return result
 
     return _init_device
 
@@ -50,7 +53,7 @@ def support(config: Any) -> dict[str, Any]:
     installers = _V2 if v2 else _V1
     held = [name for name, install in installers.items() if _succeeds(name, install)]
     if config.speculative_config is not None:
-        exact = not v2 and _succeeds("drafts", _v1_drafts)
+        exact = _succeeds("drafts", functools.partial(_v2_drafts, config) if v2 else _v1_drafts)
         if not exact and "position_seeds" in held:
             # vLLM's own rejection sampler: lossless, but which of a position's draws is used depends on the drafts.
             held.remove("position_seeds")
@@ -108,6 +111,16 @@ def _v2_continuation() -> None:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner  # noqa: PLC0415
 
     apply_all(continuation.v2_patches(GPUModelRunner))
+
+
+def _v2_drafts(config: Any) -> None:
+    from seer_servers.plugin import gpu_drafting  # noqa: PLC0415 - it needs Triton
+
+    if not gpu_drafting.wanted(config):
+        raise UnsupportedVllmError("this engine drafts by other means than Seer's")
+    if os.environ.get("SEER_UNPROVEN_GPU_DRAFTS") != "1":
+        raise UnsupportedVllmError("on a GPU it is not yet proven to leave samples alone (design/drafting-gpu.md)")
+    gpu_drafting.install(config)
 
 
 _V1: dict[str, Callable[[], None]] = {"position_seeds": _v1_seeds, "continuation": _v1_continuation}

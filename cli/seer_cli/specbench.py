@@ -1,0 +1,327 @@
+"""What drafting does for an engine: the same requests on engines that differ in how they draft, side by side.
+
+Each contender is a fleet of two engines. At every point (batch size, temperature) the contenders take turns with the
+same groups, prompts and seeds, and only one engine works at a time. Time is the client's; CPU seconds are those of the
+engine's processes, which a busy machine disturbs less.
+
+The last point asks what only a draft server can give: half of each group's responses have been generated on one engine,
+and the other half runs on the other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import statistics
+import time
+from typing import TYPE_CHECKING
+
+import aiohttp
+import msgspec
+import psutil
+from prometheus_client.parser import text_string_to_metric_families
+from rich.table import Table
+
+from seer_async.engine import EngineClient
+from seer_async.sampling import Sampling, call_params, mix_seed
+from seer_async.wire import CallSpec
+from seer_servers.fleet import EngineSpec, LocalFleet
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from seer_async.types import Prompt
+    from seer_servers.fleet import LocalEngine
+
+BASELINE = "none"
+ELSEWHERE = "elsewhere"  # the point whose siblings live on the other engine
+_ONE_CORE = {"OMP_NUM_THREADS": "1", "OMP_PROC_BIND": "false"}  # as in a fleet of as many engines as cores
+_TIMEOUT_S = 900.0
+_SETTLE_S = 0.6  # counters reach /metrics, and siblings the other engine
+
+
+class Point(msgspec.Struct, frozen=True):
+    """Requests at once, and their temperature; `elsewhere` says that earlier siblings ran on the other engine."""
+
+    batch: int
+    temperature: float
+    elsewhere: bool = False
+
+
+class Turn(msgspec.Struct, frozen=True, kw_only=True):
+    """One contender's turn at a point."""
+
+    contender: str
+    point: Point
+    repeat: int
+    tokens: int
+    seconds: float
+    cpu_s: float
+    drafted: int
+    accepted: int
+    drafts: int  # drafts verified, one a request and step
+
+
+class Score(msgspec.Struct, frozen=True, kw_only=True):
+    """A contender at a point: medians, and medians of each repeat's ratio to the baseline."""
+
+    contender: str
+    point: Point
+    tokens_per_s: float
+    tokens_per_cpu_s: float
+    speedup: float
+    cpu_speedup: float
+    tokens_per_draft: float  # mean acceptance length of the drafted steps, bonus token included
+    drafted_share: float  # of the tokens that were generated, those that a draft had right
+
+
+class Engine:
+    """One engine of a contender."""
+
+    def __init__(self, local: LocalEngine, client: EngineClient, session: aiohttp.ClientSession) -> None:
+        self._local = local
+        self._client = client
+        self._session = session
+
+    def cpu_s(self) -> float:
+        """CPU seconds of the engine's processes since they started; not of a draft server."""
+        assert self._local.pid is not None
+        total = 0.0
+        for process in [(guard := psutil.Process(self._local.pid)), *guard.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                times = process.cpu_times()
+                total += times.user + times.system
+        return total
+
+    async def counters(self) -> tuple[int, int, int]:
+        """VLLM's totals: drafts verified, tokens drafted, tokens accepted."""
+        async with self._session.get(f"{self._local.url}/metrics") as reply:
+            page = await reply.text()
+        totals = dict.fromkeys(("num_drafts", "num_draft_tokens", "num_accepted_tokens"), 0)
+        for family in text_string_to_metric_families(page):
+            name = family.name.removeprefix("vllm:spec_decode_")
+            if name in totals:
+                totals[name] = int(sum(s.value for s in family.samples if s.name.endswith("_total")))
+        return totals["num_drafts"], totals["num_draft_tokens"], totals["num_accepted_tokens"]
+
+    async def tokens(self, prompt: Prompt) -> list[int]:
+        """A prompt's token ids."""
+        return await self._client.tokenize(prompt, timeout_s=60)
+
+    async def respond(self, prompt: Prompt, index: int, run: str, sampling: Sampling) -> int:
+        """Generate a group's response `index`; returns its length in tokens."""
+        info = self._client.info
+        assert info is not None
+        assert prompt.token_ids is not None
+        name = f"{run}-{prompt.id}-{index}"
+        params = call_params(
+            sampling,
+            seed=mix_seed(sampling.seed or 0, int(prompt.id), index),
+            prompt_len=len(prompt.token_ids),
+            generated=0,
+            max_tokens=sampling.max_tokens,
+            position_seeds=True,
+            kinship={"seer_group": f"{run}/{prompt.id}", "seer_request": str(index), "seer_priority": "low"},
+        )
+        spec = CallSpec(
+            request_id=name,
+            model=info.model,
+            prefix=prompt.token_ids,
+            params=params,
+            cache_salt=run,
+            max_tokens=sampling.max_tokens,
+        )
+        return len((await self._client.generate(spec, info, timeout_s=_TIMEOUT_S)).token_ids)
+
+
+class Contender:
+    """A way to draft, and its engines."""
+
+    def __init__(self, name: str, engines: Sequence[Engine]) -> None:
+        self.name = name
+        self._engines = engines
+
+    async def tokenise(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """The prompts with their token ids, numbered."""
+        ids = [await self._engines[0].tokens(prompt) for prompt in prompts]
+        return [
+            msgspec.structs.replace(prompt, id=str(number), token_ids=found)
+            for number, (prompt, found) in enumerate(zip(prompts, ids, strict=True))
+        ]
+
+    async def turn(
+        self, point: Point, repeat: int, prompts: Sequence[Prompt], siblings: int, sampling: Sampling
+    ) -> Turn:
+        """Generate `siblings` responses to each prompt, `point.batch` at once, a group after the other."""
+        run = f"{self.name}-{point.batch}-{point.temperature}-{point.elsewhere}-{repeat}"
+        work = [(prompt, index) for prompt in prompts for index in range(siblings)]
+        engine = self._engines[0]
+        if point.elsewhere:
+            before = [item for item in work if item[1] < siblings // 2]
+            await _run_all(self._engines[1], before, 4 * point.batch, run, sampling)
+            work = [item for item in work if item[1] >= siblings // 2]
+        await asyncio.sleep(_SETTLE_S)
+        counters, cpu, start = await engine.counters(), engine.cpu_s(), time.perf_counter()
+        tokens = await _run_all(engine, work, point.batch, run, sampling)
+        seconds, used = time.perf_counter() - start, engine.cpu_s() - cpu
+        await asyncio.sleep(_SETTLE_S)
+        drafts, drafted, accepted = (b - a for a, b in zip(counters, await engine.counters(), strict=True))
+        return Turn(
+            contender=self.name,
+            point=point,
+            repeat=repeat,
+            tokens=tokens,
+            seconds=seconds,
+            cpu_s=used,
+            drafts=drafts,
+            drafted=drafted,
+            accepted=accepted,
+        )
+
+
+async def _run_all(engine: Engine, work: Sequence[tuple[Prompt, int]], batch: int, run: str, sampling: Sampling) -> int:
+    queue = list(reversed(work))
+    total = 0
+
+    async def lane() -> None:
+        nonlocal total
+        while queue:
+            prompt, index = queue.pop()
+            length = await engine.respond(prompt, index, run, sampling)
+            total += length
+
+    await asyncio.gather(*(lane() for _ in range(batch)))
+    return total
+
+
+async def measure_drafts(
+    spec: EngineSpec,
+    folder: Path,
+    prompts: Sequence[Prompt],
+    *,
+    contenders: Sequence[str],
+    points: Sequence[Point],
+    siblings: int,
+    max_tokens: int,
+    repeats: int,
+    say: Callable[[str], None],
+) -> list[Turn]:
+    """Measure contenders on local engines of `spec`, each with its own way to draft.
+
+    Raises:
+        FleetError: An engine does not start.
+    """
+    turns: list[Turn] = []
+    elsewhere = any(point.elsewhere for point in points)
+    async with contextlib.AsyncExitStack() as stack:
+        session = await stack.enter_async_context(aiohttp.ClientSession())
+        lanes = []
+        for name in contenders:
+            own = folder / name
+            kind = msgspec.structs.replace(spec, draft=name, extra_env=_ONE_CORE)
+            fleet = LocalFleet(kind, 1 + elsewhere, own, say=functools.partial(_tell, say, name))
+            await stack.enter_async_context(fleet)
+            lanes.append(Contender(name, [await _engine(local, session) for local in fleet.engines]))
+        tokenised = await lanes[0].tokenise(prompts)
+        for point in points:
+            count = _groups(point, siblings)
+            sampling = Sampling(temperature=point.temperature, max_tokens=max_tokens, seed=7)
+            for repeat in range(repeats):
+                groups = [tokenised[(repeat * count + i) % len(tokenised)] for i in range(count)]
+                for name, lane in _rotated(list(zip(contenders, lanes, strict=True)), repeat):
+                    turns.append(await lane.turn(point, repeat, groups, siblings, sampling))
+                    say(_line(turns[-1], name))
+    return turns
+
+
+def _groups(point: Point, siblings: int) -> int:
+    """Enough work that the batch stays full for most of the turn."""
+    return max(1, -(-2 * point.batch // siblings)) * (2 if point.elsewhere else 1)
+
+
+async def _engine(local: LocalEngine, session: aiohttp.ClientSession) -> Engine:
+    client = EngineClient(local.url, session)
+    await client.attach(timeout_s=60, trial_timeout_s=120)
+    return Engine(local, client, session)
+
+
+def _tell(say: Callable[[str], None], name: str, text: str) -> None:
+    say(f"{name}: {text}")
+
+
+def _rotated(items: list[tuple[str, Contender]], by: int) -> list[tuple[str, Contender]]:
+    by %= len(items)
+    return items[by:] + items[:by]
+
+
+def _line(turn: Turn, name: str) -> str:
+    point = turn.point
+    where = ", siblings elsewhere" if point.elsewhere else ""
+    return (
+        f"batch {point.batch}, T={point.temperature}{where}: {name} {turn.tokens / turn.seconds:.1f} tok/s, "
+        f"{turn.tokens / turn.cpu_s:.1f} per CPU second"
+    )
+
+
+def scores(turns: Sequence[Turn]) -> list[Score]:
+    """Medians by contender and point; ratios are taken within a repeat."""
+    found = []
+    for point in dict.fromkeys(turn.point for turn in turns):
+        base = {turn.repeat: turn for turn in turns if turn.point == point and turn.contender == BASELINE}
+        for name in dict.fromkeys(turn.contender for turn in turns):
+            mine = [turn for turn in turns if turn.point == point and turn.contender == name]
+            found.append(_score(mine, base))
+    return found
+
+
+def _score(mine: Sequence[Turn], base: dict[int, Turn]) -> Score:
+    drafts = sum(turn.drafts for turn in mine)
+    accepted = sum(turn.accepted for turn in mine)
+    ratios = [(turn, base[turn.repeat]) for turn in mine if turn.repeat in base]
+    return Score(
+        contender=mine[0].contender,
+        point=mine[0].point,
+        tokens_per_s=statistics.median(turn.tokens / turn.seconds for turn in mine),
+        tokens_per_cpu_s=statistics.median(turn.tokens / turn.cpu_s for turn in mine),
+        speedup=_median([t.tokens / t.seconds * b.seconds / b.tokens for t, b in ratios]),
+        cpu_speedup=_median([t.tokens / t.cpu_s * b.cpu_s / b.tokens for t, b in ratios]),
+        tokens_per_draft=1 + accepted / drafts if drafts else 1.0,
+        drafted_share=accepted / max(1, sum(turn.tokens for turn in mine)),
+    )
+
+
+def score_table(turns: Sequence[Turn]) -> Table:
+    """The scores as a table."""
+    table = Table(title="Drafting, by batch size and temperature: medians, and medians of ratios to no drafts")
+    for heading in (
+        "requests at once",
+        "T",
+        "drafts",
+        "tok/s",
+        "ratio",
+        "tok/CPU s",
+        "ratio",
+        "tokens/draft",
+        "drafted",
+    ):
+        table.add_column(heading, justify="left" if heading == "drafts" else "right")
+    for score in scores(turns):
+        point = score.point
+        table.add_row(
+            f"{point.batch}{' (siblings elsewhere)' if point.elsewhere else ''}",
+            f"{point.temperature:g}",
+            score.contender,
+            f"{score.tokens_per_s:.1f}",
+            f"{score.speedup:.2f}",
+            f"{score.tokens_per_cpu_s:.1f}",
+            f"{score.cpu_speedup:.2f}",
+            f"{score.tokens_per_draft:.2f}",
+            f"{score.drafted_share:.0%}",
+        )
+    return table
+
+
+def _median(values: list[float]) -> float:
+    return statistics.median(values) if values else float("nan")

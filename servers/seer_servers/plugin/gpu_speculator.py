@@ -1,0 +1,237 @@
+"""Grouped drafting inside Model Runner V2: siblings' tokens are matched on the GPU, and async scheduling stays on.
+
+After each step a request's last tokens are looked up in all sequences of its group (`gpu_siblings`), the longest match
+makes the draft, and the share of drafts of its kind that were accepted makes its confidence. Both are counted and
+computed on the GPU; the host learns what it needs two steps later. `gpu_verification` and `gpu_switch` keep drafts from
+costing more than they bring.
+
+Invariants: nothing here waits for the GPU or for anything outside the process; a confidence depends on what was sampled
+before, never on the draw that it is about.
+"""
+
+import os
+import time
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
+
+from seer_servers.plugin.draft_stats import PUBLISH_S, STATS_ENV, write_page
+from seer_servers.plugin.gpu_kernels import (
+    KINDS,
+    LENGTHS,
+    LONGEST_MATCH,
+    MEMBERS,
+    SUPPORTS,
+    Batch,
+    Choice,
+    choose,
+    observe,
+    scan,
+)
+from seer_servers.plugin.gpu_siblings import Name, Siblings
+
+SERVER_ENV = "SEER_DRAFT_SERVER"
+TTL_S = 600.0  # how long the draft server keeps a group that no engine speaks of
+FETCH_STEPS = 8
+FOLD_STEPS = 32  # steps between two looks at what was accepted
+KEPT = 0.98  # of what was counted, at each fold: half is forgotten in about a thousand steps
+PRIOR_WEIGHT = 4.0  # drafts
+PRIOR_BY_LENGTH = (0.15, 0.3, 0.45, 0.55, 0.65, 0.75, 0.85)
+PRIOR_BY_SUPPORT = (0.8, 0.6, 1.0)
+RECENT = 0.1  # share of the newest confidence in a request's average
+SPLIT_TOKENS = 2048  # a sequence is searched in parts of about this size
+MAX_SPLITS = 8
+
+
+class GroupedSpeculator(BaseSpeculator):  # type: ignore[misc]  # vLLM has no types here
+    """Drafts for Model Runner V2."""
+
+    supports_mm_inputs = False
+    draft_logits = None
+    enable_adaptive_verification = True
+
+    def __init__(self, vllm_config: Any, device: torch.device, req_states: Any) -> None:
+        spec = vllm_config.speculative_config
+        slots, steps = req_states.max_num_reqs, spec.num_speculative_tokens
+        self.idle = True  # whether the last step went without drafts
+        self.siblings = Siblings(req_states, vllm_config.model_config.get_vocab_size())
+        self.running: dict[str, Running] = {}
+        self.client = _client()
+        self._match = {"shortest": spec.prompt_lookup_min, "longest": min(spec.prompt_lookup_max, LONGEST_MATCH)}
+        self._splits = max(1, min(MAX_SPLITS, req_states.max_model_len // SPLIT_TOKENS))
+
+        def zeros(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.zeros(size, dtype=dtype, device=device)
+
+        self.choice = Choice(
+            drafts=zeros(slots, steps, dtype=torch.int64),
+            confidences=zeros(slots, steps),
+            averages=zeros(slots, steps),
+            forecasts=zeros(slots, steps),
+            kinds=zeros(slots, dtype=torch.int32) - 1,
+            offered=zeros(slots, dtype=torch.int32),
+        )
+        self.draft_token_confidence_probs = self.choice.confidences
+        self._found = zeros(slots * (1 + MEMBERS) * self._splits, dtype=torch.int32)
+        self._tallies = zeros(2, KINDS, steps, dtype=torch.int32)
+        self._totals = zeros(2, steps, dtype=torch.int64)
+        self._prior = _prior(steps).to(device)
+        self._counts = zeros(2, KINDS, steps)
+        self._rates = self._prior.clone()
+        self._page = Page(self._totals)
+
+    def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
+        """Nothing here runs in a CUDA graph."""
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator]  # torch is not typed here
+    def capture(self) -> None:
+        """Compile the kernels before requests need them: they differ by the power of two above a group's size."""
+        device = self._found.device
+        nothing = torch.zeros(1, dtype=torch.int32, device=device)
+        batch = Batch(torch.zeros(1, dtype=torch.int64, device=device), nothing, torch.arange(2, device=device).int())
+        for power in range((1 + MEMBERS).bit_length()):
+            self._look_up(batch, 1 << power)
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator]  # torch is not typed here
+    def propose(  # noqa: PLR0917 - vLLM calls it so
+        self,
+        input_batch: Any,
+        attn_metadata: Any,
+        slot_mappings: Any,
+        last_hidden_states: torch.Tensor,
+        aux_hidden_states: Any,
+        num_sampled: torch.Tensor,
+        *others: Any,
+        dummy_run: bool = False,
+        num_speculative_tokens: int | None = None,
+        **more: Any,
+    ) -> torch.Tensor:
+        """Drafts [requests, steps] for the step after this one; nothing new if none are asked for."""
+        del attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, others, more
+        begin = time.perf_counter()
+        drafts = self.choice.drafts[: input_batch.num_reqs]
+        if dummy_run:
+            return drafts
+        self.idle = num_speculative_tokens == 0
+        self._take_in()
+        if not self.idle:
+            self._draft(Batch(input_batch.idx_mapping, num_sampled, input_batch.cu_num_logits))
+        self._page.step(time.perf_counter() - begin, off=self.idle, references=self.siblings.references)
+        return drafts
+
+    def _draft(self, batch: Batch) -> None:
+        observe(batch, self.choice, self._tallies, self._totals)
+        if self._page.steps % FOLD_STEPS == 0:
+            self._fold()
+        self._look_up(batch, 1 + self.siblings.most_members)
+
+    def _look_up(self, batch: Batch, candidates: int) -> None:
+        size = len(batch.slots), candidates, self._splits
+        found = self._found[: size[0] * size[1] * size[2]].view(size)
+        tables = self.siblings.tables
+        scan(tables, batch, found, **self._match)
+        choose(tables, batch, found, rates=self._rates, choice=self.choice, recent=RECENT)
+
+    def _fold(self) -> None:
+        """Let the newest counts into the rates. What is not seen for long goes back to its prior and is tried again."""
+        self._counts.mul_(KEPT).add_(self._tallies)
+        self._tallies.zero_()
+        reached, accepted = self._counts
+        torch.div(accepted + PRIOR_WEIGHT * self._prior, reached + PRIOR_WEIGHT, out=self._rates)
+
+    def _take_in(self) -> None:
+        if self.client and self._page.steps % FETCH_STEPS == 0:
+            for other in self.client.fetched():
+                self.siblings.receive(Name(other.group, other.request), other.prev_token_count, other.tokens)
+        self.siblings.refresh()
+
+    def added(self, request_id: str, slot: int, prompt: list[int], response: list[int], extra: dict[str, Any]) -> None:
+        """A request has been given `slot`: its original prompt, and what of its response came with it."""
+        group = str(extra.get("seer_group") or _digest(prompt, extra.get("seer_salt")))
+        running = Running(Name(group, str(extra.get("seer_request") or request_id)))
+        self.siblings.add(slot, running.name, prompt)
+        self.running[request_id] = running
+        if self.client:
+            self.client.register_group(group, TTL_S)
+            self.share(request_id, response)
+
+    def left(self, request_id: str, slot: int) -> None:
+        """A request gives up its slot."""
+        self.running.pop(request_id, None)
+        self.siblings.retire(slot)
+
+    def share(self, request_id: str, tokens: list[int]) -> None:
+        """Let the other engines know what a request has sampled."""
+        running = self.running.get(request_id)
+        if running and tokens:
+            self.client.update(*running.name, running.shared, tokens)
+            running.shared += len(tokens)
+
+
+class Running:
+    """A request while it has a slot."""
+
+    def __init__(self, name: Name) -> None:
+        self.name = name
+        self.shared = 0  # tokens of its response that were handed on
+
+
+class Page:
+    """What the API process sees; the GPU's counts come one page late, so that nobody waits for them."""
+
+    def __init__(self, totals: torch.Tensor) -> None:
+        self.steps = 0
+        self._path = os.environ.get(STATS_ENV)
+        self._gpu, self._totals = totals, torch.zeros(totals.shape, dtype=totals.dtype, pin_memory=totals.is_cuda)
+        self._off, self._turns, self._was_off = 0, 0, False
+        self._seconds = self._published = 0.0
+
+    def step(self, seconds: float, *, off: bool, references: int) -> None:
+        """Count a step that the drafter took `seconds` of."""
+        self.steps += 1
+        self._off += off
+        self._turns += off and not self._was_off
+        self._was_off = off
+        self._seconds += seconds
+        if self._path and time.monotonic() - self._published >= PUBLISH_S:
+            self._published = time.monotonic()
+            write_page(Path(self._path), self._counts() | {"references": references})
+            self._totals.copy_(self._gpu, non_blocking=True)
+
+    def _counts(self) -> dict[str, Any]:
+        drafted, accepted = self._totals.tolist()
+        return {
+            "steps": self.steps,
+            "steps_off": self._off,
+            "switch_offs": self._turns,
+            "draft_s": self._seconds,
+            "verified": drafted[0],
+            "drafted": drafted,
+            "accepted": accepted,
+            "by_group": {},
+        }
+
+
+def _prior(steps: int) -> torch.Tensor:
+    """Chance of each kind's tokens before any was seen, [KINDS, steps]."""
+    assert len(PRIOR_BY_LENGTH) == LENGTHS
+    assert len(PRIOR_BY_SUPPORT) == SUPPORTS
+    rates = torch.outer(torch.tensor(PRIOR_BY_LENGTH), torch.tensor(PRIOR_BY_SUPPORT)).view(KINDS, 1)
+    return rates.repeat(1, steps)
+
+
+def _client() -> Any:
+    address = os.environ.get(SERVER_ENV)
+    if not address:
+        return None
+    from seer_servers.drafting.client import DraftClient  # noqa: PLC0415 - only engines of a fleet have a server
+
+    return DraftClient(address, name=f"engine-{os.getpid()}")
+
+
+def _digest(prompt: list[int], salt: object) -> str:
+    return blake2b(np.asarray(prompt, dtype=np.int32).tobytes() + repr(salt).encode(), digest_size=12).hexdigest()

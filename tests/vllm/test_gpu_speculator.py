@@ -1,0 +1,503 @@
+"""Grouped drafting in Model Runner V2, without a GPU: the kernels run in Triton's interpreter against plain Python."""
+
+import importlib.util
+import os
+import random
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton looks when it is imported, vLLM imports it
+
+pytest.importorskip("vllm", reason="the plug-in runs inside vLLM")
+pytest.importorskip("triton", reason="the kernels are Triton's")
+
+import numpy as np
+import triton
+import vllm
+
+from seer_servers.plugin import gpu_drafting, gpu_siblings, gpu_switch, gpu_verification
+from seer_servers.plugin import gpu_kernels as kernels
+from seer_servers.plugin.gpu_siblings import Name, Siblings
+
+if not torch.cuda.is_available() and isinstance(triton.language.max, triton.runtime.JITFunction):
+    pytest.skip("Triton was imported before its interpreter was asked for", allow_module_level=True)
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SLOTS, LONGEST, STEPS = 6, 64, 4
+SHORTEST_MATCH, LONGEST_MATCH = 2, 5
+VOCABULARY = 4  # few tokens, so that much matches
+
+
+class Table:
+    """vLLM's StagedWriteTensor, which needs a GPU."""
+
+    def __init__(self, size, dtype, device):
+        self.gpu = torch.zeros(size, dtype=dtype, device=device)
+        self._staged = []
+
+    def stage_write(self, index, start, content):
+        self._staged.append((index, start, list(content)))
+
+    def stage_write_elem(self, index, value):
+        self._staged.append((index, None, value))
+
+    def apply_write(self):
+        for index, start, content in self._staged:
+            if start is None:
+                self.gpu[index] = content
+            else:
+                assert start + len(content) <= self.gpu.shape[1]
+                self.gpu[index, start : start + len(content)] = torch.tensor(content, dtype=torch.int32)
+        self._staged.clear()
+
+
+class Engine:
+    """The request states that vLLM's runner keeps, with requests that come, grow and go."""
+
+    def __init__(self, monkeypatch, references=8):
+        monkeypatch.setattr(gpu_siblings, "StagedWriteTensor", Table)
+        tokens = torch.zeros(SLOTS, LONGEST, dtype=torch.int32, device=DEVICE)
+        lengths = torch.zeros(SLOTS, dtype=torch.int32, device=DEVICE)
+        self.states = SimpleNamespace(
+            max_num_reqs=SLOTS,
+            max_model_len=LONGEST,
+            device=DEVICE,
+            all_token_ids=SimpleNamespace(gpu=tokens),
+            total_len=SimpleNamespace(gpu=lengths),
+        )
+        self.siblings = Siblings(self.states, VOCABULARY, references=references)
+
+    def add(self, slot, group, request, prompt, response=()):
+        self.siblings.add(slot, Name(group, request), prompt)
+        self.states.total_len.gpu[slot] = 0
+        self.grow(slot, [*prompt, *response])
+
+    def grow(self, slot, tokens):
+        begin = int(self.states.total_len.gpu[slot])
+        self.states.all_token_ids.gpu[slot, begin : begin + len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
+        self.states.total_len.gpu[slot] = begin + len(tokens)
+
+    def receive(self, group, request, before, tokens):
+        self.siblings.receive(Name(group, request), before, np.array(tokens, dtype=np.int32))
+
+    def draft(self, slots, sampled=None, splits=3, rates=None):
+        self.siblings.refresh()
+        count = len(slots)
+        batch = kernels.Batch(
+            torch.tensor(slots, device=DEVICE),
+            torch.tensor(sampled or [1] * count, dtype=torch.int32, device=DEVICE),
+            torch.arange(count + 1, dtype=torch.int32, device=DEVICE),
+        )
+        found = torch.full((count, 1 + self.siblings.most_members, splits), -7, dtype=torch.int32, device=DEVICE)
+        tables = self.siblings.tables
+        kernels.scan(tables, batch, found, shortest=SHORTEST_MATCH, longest=LONGEST_MATCH)
+        choice = fresh_choice()
+        rates = torch.full((kernels.KINDS, STEPS), 0.5, device=DEVICE) if rates is None else rates
+        kernels.choose(tables, batch, found, rates=rates, choice=choice, recent=0.1)
+        return found, choice
+
+    def sequence(self, row):
+        """Tokens of a row, and where a sibling's match may end at the earliest."""
+        tables = self.siblings.tables
+        start = int(tables.starts[row])
+        if row < SLOTS:
+            return tables.slot_tokens[row, : int(tables.slot_lengths[row])].tolist(), start
+        row -= SLOTS
+        return tables.reference_tokens[row, : int(tables.reference_lengths[row])].tolist(), start
+
+    def rows(self, slot):
+        tables = self.siblings.tables
+        group = int(tables.groups[slot])
+        return tables.members[group, : int(tables.counts[group])].tolist()
+
+
+def fresh_choice():
+    def zeros(*size, dtype=torch.float32):
+        return torch.zeros(size, dtype=dtype, device=DEVICE)
+
+    slots = SLOTS, STEPS
+    kinds = torch.full((SLOTS,), -1, dtype=torch.int32, device=DEVICE)
+    offered = zeros(SLOTS, dtype=torch.int32)
+    return kernels.Choice(zeros(*slots, dtype=torch.int64), zeros(*slots), zeros(*slots), zeros(*slots), kinds, offered)
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    return Engine(monkeypatch)
+
+
+def best_match(text, sequence, first, *, own):
+    """(length, place of what comes next) of the longest match of the text's end, the latest among equals."""
+    best = (0, 0)
+    for end in range(first, len(sequence) - 1):
+        length = 0
+        while length < min(LONGEST_MATCH, len(text), end + 1) and sequence[end - length] == text[-1 - length]:
+            length += 1
+        if length >= SHORTEST_MATCH:
+            best = max(best, (length, end + 1))
+    assert not own or best[1] < len(text)
+    return best
+
+
+def expected_draft(engine, slot):
+    """(draft, length, voters, votes) by plain Python; no draft is []."""
+    text, _ = engine.sequence(slot)
+    candidates = [(text, best_match(text, text, 0, own=True), True)]
+    for row in engine.rows(slot):
+        if row != slot:
+            sequence, start = engine.sequence(row)
+            candidates.append((sequence, best_match(text, sequence, start, own=False), False))
+        else:
+            candidates.append((text, (0, 0), False))
+    longest = max(match[0] for _, match, _ in candidates)
+    if not longest:
+        return [], 0, 0, 0
+    equal = [(sequence, match[1], own) for sequence, match, own in candidates if match[0] == longest]
+
+    def votes(sequence, place, depth):
+        said = sequence[place : place + depth]
+        return sum(other[at : at + depth] == said for other, at, _ in equal)
+
+    sequence, place, own = max(equal, key=lambda one: (votes(one[0], one[1], 1), votes(one[0], one[1], 2)))
+    following = sequence[place:]
+    draft = [following[i % len(following)] for i in range(STEPS)] if own else following[:STEPS]
+    return draft, longest, len(equal), votes(sequence, place, 1)
+
+
+def check(engine, slots):
+    rates = torch.rand(kernels.KINDS, STEPS, device=DEVICE)
+    _, choice = engine.draft(slots, rates=rates)
+    for index, slot in enumerate(slots):
+        draft, length, voters, votes = expected_draft(engine, slot)
+        text, _ = engine.sequence(slot)
+        assert choice.drafts[index].tolist() == draft + [text[-1]] * (STEPS - len(draft))
+        assert int(choice.offered[slot]) == len(draft)
+        if not draft:
+            assert int(choice.kinds[slot]) == -1
+            assert not choice.confidences[slot].any()
+            continue
+        support = 0 if voters == 1 else 1 if votes * 3 < voters * 2 else 2
+        kind = sum(length > least for least in (1, 2, 3, 5, 8, 15)) * 3 + support
+        assert int(choice.kinds[slot]) == kind
+        confidences = rates[kind].clone()
+        confidences[len(draft) :] = 0
+        assert torch.equal(choice.confidences[slot], confidences)
+        assert torch.allclose(choice.averages[slot], 0.1 * confidences)
+        assert torch.allclose(choice.forecasts[slot], 0.55 * confidences)
+
+
+def test_drafts_are_those_of_plain_python(engine):
+    draw = random.Random(5)
+    for _ in range(3):
+        for slot in range(SLOTS):
+            engine.siblings.retire(slot)
+            prompt = [draw.randrange(VOCABULARY) for _ in range(draw.randrange(1, 9))]
+            response = [draw.randrange(VOCABULARY) for _ in range(draw.randrange(30))]
+            engine.add(slot, f"g{slot % 2}", f"r{draw.randrange(9)}", prompt, response)
+        engine.receive("g0", "elsewhere", 0, [draw.randrange(VOCABULARY) for _ in range(40)])
+        check(engine, draw.sample(range(SLOTS), SLOTS))
+
+
+def test_longest_places_and_blocks(engine, monkeypatch):
+    """Parts and blocks of a sequence join without a gap."""
+    monkeypatch.setattr(kernels, "BLOCK", 8)
+    draw = random.Random(1)
+    engine.add(0, "g", "a", [0, 1], [draw.randrange(VOCABULARY) for _ in range(LONGEST - 2)])
+    for length in range(2, 20):
+        engine.siblings.retire(1)
+        engine.add(1, "g", "b", [0, 1], [draw.randrange(VOCABULARY) for _ in range(length)])
+        check(engine, [0, 1])
+
+
+def test_a_sibling_says_what_begins_a_response(engine):
+    engine.add(0, "g", "a", [1, 2, 3], [0, 0, 2, 1])
+    engine.add(1, "g", "b", [1, 2, 3])
+    _, choice = engine.draft([1])
+    assert choice.drafts[0].tolist() == [0, 0, 2, 1]
+
+
+def test_other_groups_are_not_looked_at(engine):
+    engine.add(0, "g", "a", [1, 2, 3], [0, 0, 2, 1])
+    engine.add(1, "h", "b", [1, 2, 3])
+    _, choice = engine.draft([1])
+    assert int(choice.offered[1]) == 0
+
+
+def test_the_majority_is_followed(engine):
+    for slot, says in enumerate(([2, 2], [3, 1], [3, 2], [3, 2])):
+        engine.add(slot, "g", str(slot), [1, 1], [0, 1, *says, 0])
+    engine.add(4, "g", "asks", [1, 1], [0, 1])
+    _, choice = engine.draft([4])
+    assert choice.drafts[0].tolist()[:3] == [3, 2, 0]
+    assert int(choice.kinds[4]) % kernels.SUPPORTS == 2  # three of four agree
+
+
+def test_repetition_goes_on(engine):
+    engine.add(0, "g", "a", [0, 0], [1, 2, 3, 1, 2, 3, 1, 2])
+    _, choice = engine.draft([0])
+    assert choice.drafts[0].tolist() == [3, 1, 2, 3]
+
+
+def test_a_request_that_prefills_gets_no_draft(engine):
+    engine.add(0, "g", "a", [0, 1, 0, 1])
+    _, choice = engine.draft([0], sampled=[0])
+    assert int(choice.offered[0]) == 0
+    assert not choice.confidences[0].any()
+
+
+# The directory
+
+
+def test_a_finished_response_stays(engine):
+    engine.add(0, "g", "a", [1, 2, 3], [0, 0, 2, 1])
+    engine.siblings.retire(0)
+    engine.add(0, "other", "x", [2, 2, 2], [2])
+    engine.add(1, "g", "b", [1, 2, 3])
+    _, choice = engine.draft([1])
+    assert choice.drafts[0].tolist() == [0, 0, 2, 1]
+    assert engine.siblings.references == 1
+
+
+def test_a_request_that_returns_is_not_its_own_sibling(engine):
+    engine.add(0, "g", "a", [1, 2, 3], [0, 0])
+    engine.siblings.retire(0)
+    engine.add(2, "g", "a", [1, 2, 3], [0, 0])
+    engine.draft([2])
+    assert engine.siblings.references == 0
+    assert engine.rows(2) == [2]
+
+
+def test_the_oldest_reference_gives_way(monkeypatch):
+    engine = Engine(monkeypatch, references=2)
+    for name in "abc":
+        engine.add(0, "g", name, [1, 2], [ord(name) % VOCABULARY])
+        engine.siblings.retire(0)
+    engine.add(0, "g", "d", [1, 2])
+    engine.draft([0])
+    kept = [engine.sequence(row)[0][-1] for row in engine.rows(0) if row >= SLOTS]
+    assert kept == [ord("b") % VOCABULARY, ord("c") % VOCABULARY]
+
+
+def test_many_requests_leak_nothing(monkeypatch):
+    engine = Engine(monkeypatch, references=3)
+    draw = random.Random(3)
+    held = {}
+    for step in range(400):
+        slot = draw.randrange(SLOTS)
+        if slot in held:
+            engine.siblings.retire(slot)
+            del held[slot]
+        else:
+            held[slot] = f"g{draw.randrange(3)}", f"r{draw.randrange(4)}"  # names are used twice at a time, too
+            engine.add(slot, *held[slot], [1, 2], [3])
+        if step % 5 == 0:
+            engine.receive(f"g{draw.randrange(3)}", f"r{draw.randrange(4)}", draw.choice([0, 0, 1]), [1, 2])
+        engine.siblings.refresh()
+        for slot, (group, _) in held.items():
+            assert slot in engine.rows(slot)
+            assert all(engine.siblings._names[row].group == group for row in engine.rows(slot))
+    for slot in held:
+        engine.siblings.retire(slot)
+    engine.siblings.refresh()
+    assert engine.siblings.references == 3
+    assert len(engine.siblings._groups) + len(engine.siblings._free_groups) == SLOTS + 3
+
+
+def test_tokens_from_elsewhere(engine):
+    engine.add(0, "g", "a", [1, 2, 3])
+    engine.receive("g", "far", 0, [0, 0])
+    engine.receive("g", "far", 2, [2, 1])
+    engine.receive("g", "far", 1, [0, 2])  # what is known already may come again
+    _, choice = engine.draft([0])
+    assert choice.drafts[0].tolist() == [0, 0, 2, 1]
+
+
+@pytest.mark.parametrize("increment", [("g", "new", 3, [1]), ("unknown", "x", 0, [1]), ("g", "bad", 0, [VOCABULARY])])
+def test_tokens_that_fit_nowhere_are_left(engine, increment):
+    engine.add(0, "g", "a", [1, 2, 3])
+    engine.receive(*increment)
+    engine.receive("g", "negative", 0, [-1])
+    assert engine.siblings.references == 0
+
+
+def test_more_tokens_than_a_row_holds(engine):
+    engine.add(0, "g", "a", [1, 2, 3])
+    engine.receive("g", "far", 0, [1] * (2 * LONGEST))
+    engine.receive("g", "far", LONGEST, [1] * 9)
+    engine.siblings.retire(0)
+    engine.receive("g", "a", 10 * LONGEST, [1])
+    engine.siblings.refresh()
+    assert int(engine.siblings.tables.reference_lengths.max()) == LONGEST
+
+
+# Learning
+
+
+def test_counts_of_what_was_accepted():
+    choice = fresh_choice()
+    choice.kinds[:4] = torch.tensor([7, 7, -1, 3])
+    choice.offered[:4] = torch.tensor([4, 2, 0, 4])
+    # Verified drafts 3, 4 (of which 2 were drafts), 2 of none, 4 while it prefilled; accepted 1, 2, 0, none.
+    batch = kernels.Batch(
+        torch.tensor([0, 1, 2, 3], device=DEVICE),
+        torch.tensor([2, 3, 1, 0], dtype=torch.int32, device=DEVICE),
+        torch.tensor([0, 4, 9, 12, 17], dtype=torch.int32, device=DEVICE),
+    )
+    tallies = torch.zeros(2, kernels.KINDS, STEPS, dtype=torch.int32, device=DEVICE)
+    totals = torch.zeros(2, STEPS, dtype=torch.int64, device=DEVICE)
+    kernels.observe(batch, choice, tallies, totals)
+    assert tallies[0, 7].tolist() == [2, 2, 0, 0]
+    assert tallies[1, 7].tolist() == [2, 1, 0, 0]
+    assert int(tallies.sum()) == 7
+    assert totals.tolist() == [[2, 2, 1, 0], [2, 1, 0, 0]]
+
+
+# Verification
+
+
+def test_what_is_drawn_is_followed():
+    drawn = torch.tensor([5, 6, 7, 8, 1, 2, 3], device=DEVICE)
+    inputs = torch.tensor([0, 5, 6, 4, 0, 0, 2], dtype=torch.int32, device=DEVICE)
+    logits = torch.tensor([0, 4, 5, 7], dtype=torch.int32, device=DEVICE)
+    tokens, counts = kernels.follow(drawn, inputs, logits, STEPS)
+    assert counts.tolist() == [3, 1, 2]
+    assert [row[:count] for row, count in zip(tokens.tolist(), counts.tolist(), strict=True)] == [
+        [5, 6, 7],
+        [1],
+        [2, 3],
+    ]
+
+
+def test_all_drafts_may_be_right():
+    drawn = torch.tensor([1, 2, 3, 0, 2], device=DEVICE)
+    inputs = torch.tensor([9, 1, 2, 3, 0], dtype=torch.int32, device=DEVICE)
+    tokens, counts = kernels.follow(drawn, inputs, torch.tensor([0, 5], dtype=torch.int32, device=DEVICE), STEPS)
+    assert counts.tolist() == [5]
+    assert tokens.tolist() == [[1, 2, 3, 0, 2]]
+
+
+@pytest.fixture(scope="module")
+def gumbel_sample():
+    """vLLM's sampler of keyed noise, with Triton also where vLLM would go without."""
+    place = Path(vllm.__file__).parent / "v1/worker/gpu/sample/gumbel.py"
+    spec = importlib.util.spec_from_file_location("gumbel_with_triton", place)
+    module = importlib.util.module_from_spec(spec)
+    stand_in = SimpleNamespace(tl=triton.language, triton=triton)
+    real, sys.modules["vllm.triton_utils"] = sys.modules["vllm.triton_utils"], stand_in
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.modules["vllm.triton_utils"] = real
+    return module.gumbel_sample
+
+
+def test_a_seeded_sample_is_the_same_with_and_without_drafts(gumbel_sample):
+    """Decode a chain of random logits step by step, and again with drafts of which some are right."""
+    draw = random.Random(2)
+    table = 3 * torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    temperature = torch.tensor([1.0], device=DEVICE)
+    seeds = torch.tensor([1234], device=DEVICE)
+
+    def sample(inputs, first):
+        rows = torch.zeros(len(inputs), dtype=torch.int64, device=DEVICE)
+        places = torch.arange(first, first + len(inputs), device=DEVICE)
+        logits = table[torch.tensor(inputs, device=DEVICE)]
+        return gumbel_sample(logits, rows, temperature, seeds, places, apply_temperature=False, is_drafting=False)
+
+    plain, drafted = [0], [0]
+    while len(plain) < 200:
+        plain.append(int(sample([plain[-1]], len(plain) - 1)[0]))
+    while len(drafted) < 190:
+        right = plain[len(drafted) : len(drafted) + 3]
+        drafts = [token if draw.random() < 0.7 else draw.randrange(VOCABULARY) for token in right]
+        inputs = [drafted[-1], *drafts]
+        drawn = sample(inputs, len(drafted) - 1)
+        borders = torch.tensor([0, len(inputs)], dtype=torch.int32, device=DEVICE)
+        inputs = torch.tensor(inputs, dtype=torch.int32, device=DEVICE)
+        tokens, counts = kernels.follow(drawn, inputs, borders, STEPS)
+        drafted += tokens[0, : int(counts[0])].tolist()
+    assert drafted == plain[: len(drafted)]
+    assert len(set(plain)) == VOCABULARY
+
+
+# The switch
+
+
+def play(switch, requests, steps, wait):
+    """Steps of `requests` requests; `wait(drafting)` gives a step's seconds and each request's tokens."""
+    names = [str(number) for number in range(requests)]
+    drafted_steps, now = 0, 0.0
+    for _ in range(steps):
+        drafted = switch[requests] * requests
+        seconds, tokens = wait(drafted > 0)
+        now += seconds
+        drafted_steps += drafted > 0
+        scheduled = requests + drafted
+        switch.ended(names, drafted=drafted, scheduled=scheduled, sampled=round(tokens * requests), now=now)
+    return drafted_steps
+
+
+def test_the_switch_keeps_what_is_faster():
+    gain, loss = gpu_switch.Switch(8, 8192), gpu_switch.Switch(8, 8192)
+    steps = 4000
+    assert play(gain, 2, steps, lambda drafting: (0.003, 2.0) if drafting else (0.0025, 1.0)) > 0.9 * steps
+    assert play(loss, 200, steps, lambda drafting: (0.0125, 1.2) if drafting else (0.01, 1.0)) < 0.1 * steps
+
+
+def test_the_switch_turns_when_things_change():
+    switch = gpu_switch.Switch(8, 8192)
+    play(switch, 16, 3000, lambda drafting: (0.012, 1.0) if drafting else (0.010, 1.0))
+    assert play(switch, 16, 3000, lambda drafting: (0.012, 2.0) if drafting else (0.010, 1.0)) > 1000
+
+
+def test_batch_sizes_are_told_apart():
+    switch = gpu_switch.Switch(8, 8192)
+    play(switch, 64, 3000, lambda drafting: (0.012, 1.0) if drafting else (0.010, 1.0))
+    assert switch[64] == 0
+    assert switch[1] == 8
+
+
+def test_a_step_never_holds_more_than_it_may():
+    assert gpu_switch.Switch(8, 1024)[200] == 4
+    assert gpu_switch.Switch(8, 128)[200] == 0
+
+
+def test_prefill_and_idle_time_are_left_out():
+    switch = gpu_switch.Switch(8, 8192)
+    for now in range(500):
+        switch.ended(["a"], drafted=0, scheduled=300, sampled=1, now=float(now))
+        switch.ended([f"r{now}"], drafted=8, scheduled=9, sampled=1, now=now + 0.5)
+    assert switch.duel(1)._left == gpu_switch.TRIAL
+
+
+# Where it meets vLLM
+
+
+def test_what_is_patched_is_as_it_was():
+    for patch in (*gpu_drafting.patches(), *gpu_verification.patches(), *gpu_switch.patches()):
+        patch.check()
+
+
+def config(method="ngram_gpu", adaptive=True, world=1, additional=None):
+    return SimpleNamespace(
+        speculative_config=SimpleNamespace(method=method, enable_adaptive_verification=adaptive),
+        parallel_config=SimpleNamespace(world_size=world),
+        model_config=SimpleNamespace(max_model_len=4096),
+        additional_config=additional,
+    )
+
+
+@pytest.mark.parametrize("wrong", [{"method": "ngram"}, {"adaptive": False}, {"world": 2}])
+def test_what_cannot_be_is_refused(wrong):
+    with pytest.raises(gpu_drafting.UnsupportedVllmError):
+        gpu_drafting.install(config(**wrong))
+
+
+def test_it_is_asked_for():
+    assert not gpu_drafting.wanted(config())
+    assert gpu_drafting.wanted(config(additional={"seer_drafts": True}))
