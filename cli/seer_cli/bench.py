@@ -41,13 +41,6 @@ if TYPE_CHECKING:
 bench = typer.Typer(help="Measure policies on a live fleet, and the orchestrator itself.", no_args_is_help=True)
 bench.command("draft-server")(bench_draft_server)
 
-    "story",
-    "explanation",
-    "coding",
-    "planning",
-    "summary",
-    "word_problem",
-}  # prompts whose responses are mostly decoding
 _NO_POOL = "-pool"  # after a policy's name
 
 _Servers = Annotated[
