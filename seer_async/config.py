@@ -174,6 +174,18 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     fleet: FleetConfig = FleetConfig()
     output: OutputConfig = OutputConfig()
 
+    def __post_init__(self) -> None:
+        _require(
+            self.fleet.draft in {"auto", "none"} or not self.without_drafts,
+            f'fleet.draft must be "none" or "auto" here: vLLM refuses {self.without_drafts} on an engine that drafts',
+        )
+
+    @property
+    def without_drafts(self) -> str:
+        """The sampling options that an engine cannot take when it drafts; empty if there are none."""
+        names = {"min_p": self.sampling.min_p, "logit_bias": self.sampling.logit_bias}
+        return " and ".join(f"sampling.{name}" for name, value in names.items() if value)
+
 
 Tree = dict[str, Any]
 

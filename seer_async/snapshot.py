@@ -50,6 +50,22 @@ class PoolView(msgspec.Struct, frozen=True, kw_only=True):
     evictions: int
 
 
+class DraftView(msgspec.Struct, frozen=True, kw_only=True):
+    """Drafting on all engines together, since they started. `generated` are all tokens of the engines that draft."""
+
+    verified: int
+    drafted: int
+    accepted: int
+    generated: int
+    switch_offs: int
+    drafter_s: float
+
+    @property
+    def length(self) -> float:
+        """Mean acceptance length of a draft: tokens that its step brought, the bonus token included."""
+        return 1 + self.accepted / self.verified if self.verified else 1.0
+
+
 class GroupView(msgspec.Struct, frozen=True, kw_only=True):
     """One unfinished group. Lengths in tokens; `known` says whether the estimate rests on a finished response."""
 
@@ -93,6 +109,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     preemptions: int
     closing: str | None
     pool: PoolView | None = None
+    drafts: DraftView | None = None
     engines: list[EngineView]
     groups: list[GroupView]
     tail: list[RequestView]
@@ -130,6 +147,7 @@ def take_snapshot(core: Core, now: float) -> Snapshot:
         preemptions=sum(view.preemptions for view in engines),
         closing=core.closing,
         pool=_pool(core),
+        drafts=_drafts(core),
         engines=engines,
         groups=groups,
         tail=[_request(core, r) for _, r in heapq.nlargest(_SHOWN_TAIL, unfinished, key=itemgetter(0))],
@@ -169,6 +187,20 @@ def _pool(core: Core) -> PoolView | None:
         failures=sum(pool.failures for _, pool in said),
         refused=sum(pool.refused for _, pool in said),
         evictions=sum(pool.evictions for pool in pools),
+    )
+
+
+def _drafts(core: Core) -> DraftView | None:
+    found = [(i.stats, i.stats.drafts) for i in core.instances.values() if i.stats and i.stats.drafts]
+    if not found:
+        return None
+    return DraftView(
+        verified=sum(drafts.verified for _, drafts in found),
+        drafted=sum(drafts.drafted for _, drafts in found),
+        accepted=sum(drafts.accepted for _, drafts in found),
+        generated=sum(stats.generated_tokens for stats, _ in found),
+        switch_offs=sum(drafts.switch_offs for _, drafts in found),
+        drafter_s=sum(drafts.drafter_s for _, drafts in found),
     )
 
 

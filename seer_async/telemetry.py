@@ -10,12 +10,12 @@ import re
 from typing import TYPE_CHECKING
 
 from seer_async.errors import EngineError, FailureKind
-from seer_async.types import EngineStats, PoolStats
+from seer_async.types import DraftStats, EngineStats, PoolStats
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_LINE = re.compile(rb"^(vllm:\w+|seer:kv_pool_\w+|process_start_time_seconds)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
+_LINE = re.compile(rb"^(vllm:\w+|seer:\w+|process_start_time_seconds)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
 _LABEL = re.compile(rb'(\w+)="([^"]*)"')
 
 
@@ -87,6 +87,18 @@ class Metrics:
             pooled_tokens=int(pooled),
             weight_version=weight_version,
             pool=self._pool(),
+            drafts=self._drafts(),
+        )
+
+    def _drafts(self) -> DraftStats | None:
+        if "vllm:spec_decode_num_drafts_total" not in self._sums:
+            return None
+        return DraftStats(
+            verified=int(self.total("vllm:spec_decode_num_drafts_total")),
+            drafted=int(self.total("vllm:spec_decode_num_draft_tokens_total", 0.0)),
+            accepted=int(self.total("vllm:spec_decode_num_accepted_tokens_total", 0.0)),
+            switch_offs=int(self.total("seer:draft_switch_offs_total", 0.0)),
+            drafter_s=self.total("seer:draft_draft_s_total", 0.0),
         )
 
     def _pool(self) -> PoolStats | None:

@@ -176,6 +176,19 @@ class PoolStats(msgspec.Struct, frozen=True, kw_only=True):
     refused: int
 
 
+class DraftStats(msgspec.Struct, frozen=True, kw_only=True):
+    """An engine's drafting since its start: drafts that were verified, their tokens, and those of them that were right.
+
+    `drafter_s` are the drafter's own seconds; `switch_offs` how often it stopped because it did not pay.
+    """
+
+    verified: int
+    drafted: int
+    accepted: int
+    switch_offs: int = 0
+    drafter_s: float = 0.0
+
+
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """One reading of an engine's telemetry. Counters are totals since the engine's start; `kv_used` is in [0, 1].
 
@@ -194,6 +207,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     pooled_tokens: int = 0
     weight_version: str | None = None
     pool: PoolStats | None = None
+    drafts: DraftStats | None = None
 
     @property
     def prefilled_tokens(self) -> int:

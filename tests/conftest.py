@@ -6,6 +6,7 @@ import importlib.util
 import os
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 from anyio.from_thread import start_blocking_portal
 from xdist.scheduler import LoadScopeScheduling
@@ -51,13 +52,14 @@ def vllm_installed() -> None:
 
 @pytest.fixture(scope="session")
 def vllm_fleet(vllm_installed: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFleet]:
-    """Two real engines that share a KV pool: `.urls`, `.engines`, `.pool`.
+    """Two real engines that share a KV pool, the first with drafts from siblings: `.urls`, `.engines`, `.pool`.
 
-    In float32 chunked and continuous greedy runs agree bit for bit. The fleet lives on an event loop of its own, in a
-    thread, so that it outlives each test's loop.
+    In float32 chunked and continuous greedy runs agree bit for bit, with drafts and without. The fleet lives on an
+    event loop of its own, in a thread, so that it outlives each test's loop.
     """
-    spec = EngineSpec(model=str(ensure_default_model()), dtype="float32", max_model_len=2048)
+    plain = EngineSpec(model=str(ensure_default_model()), dtype="float32", max_model_len=2048)
+    drafting = msgspec.structs.replace(plain, draft="grouped")
     folder = tmp_path_factory.mktemp("fleet")
-    fleet = LocalFleet(spec, 2, folder, pool=ShmPool(folder, POOL_BYTES))
+    fleet = LocalFleet([drafting, plain], 2, folder, pool=ShmPool(folder, POOL_BYTES))
     with start_blocking_portal() as portal, portal.wrap_async_context_manager(fleet):
         yield fleet

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from rich.cells import cell_len
 
 from seer_async.events import DrainRequested
-from seer_async.snapshot import PoolView
+from seer_async.snapshot import DraftView, PoolView
 from seer_cli.panel import clean, duration, share_out, short
 from seer_cli.screen import Frame, eta, lay_out
 from tests.fake_run import FakeRun
@@ -67,6 +67,15 @@ def test_a_kv_pool_is_shown_where_there_is_one(size: tuple[int, int], final: boo
     for part in ("1.5/4.0 GiB", "17,080 tokens loaded", "2 failed", "0 refused"):
         assert part in line
     assert not [line for line in screen(snapshot(), size, final=final) if "KV pool" in line]
+
+
+@pytest.mark.parametrize(("size", "final"), [((80, 24), False), ((160, 50), False), ((80, 24), True)])
+def test_drafting_is_shown_where_there_is_some(size: tuple[int, int], final: bool) -> None:
+    drafts = DraftView(verified=1000, drafted=2100, accepted=640, generated=3200, switch_offs=3, drafter_s=0.5)
+    (line,) = [line for line in screen(snapshot(drafts=drafts), size, final=final) if " drafts " in line]
+    for part in ("1.64 tokens a draft", "20% of all drafted", "3 switched off"):
+        assert part in line
+    assert not [line for line in screen(snapshot(), size, final=final) if " drafts " in line]
 
 
 def test_engines_in_trouble_are_shown_before_others() -> None:

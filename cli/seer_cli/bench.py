@@ -27,6 +27,7 @@ from seer_async.rollout import Rollout, open_fleet
 from seer_async.runfolder import RunFolder
 from seer_async.workload import Outcome, heavy_tailed_lengths, outcome
 from seer_cli.display import make_display
+from seer_cli.draftbench import index, replay
 from seer_cli.draftserver import bench_draft_server
 from seer_cli.engines import local_spec
 from seer_cli.kvbench import Figures, measure_pool
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 bench = typer.Typer(help="Measure policies on a live fleet, and the orchestrator itself.", no_args_is_help=True)
 bench.command("draft-server")(bench_draft_server)
+bench.command("index")(index)
+bench.command("replay")(replay)
 
 _NO_POOL = "-pool"  # after a policy's name
 
@@ -83,6 +86,7 @@ def fleet(
         int, typer.Option(min=0, help="KV blocks of 32 tokens in each local engine: few make KV scarce, 0 is ample.")
     ] = 96,
     kv_pool: Annotated[str, typer.Option(help="KV pool of the local engines: shm, mooncake or none.")] = "shm",
+    draft: Annotated[str, typer.Option(help="How the local engines draft: grouped, suffix, ngram or none.")] = "none",
     server: _Servers = None,
     engines: _Engines = 2,
     seed: Annotated[int, typer.Option(help="Seeds the lengths.")] = 0,
@@ -100,7 +104,13 @@ def fleet(
     config = {
         "rollout": {"n": n, "chunk_size": chunk_size},
         "sampling": {"max_tokens": longest, "seed": seed},
-        "fleet": {"servers": server or [], "engines": engines, "kv_blocks": kv_blocks or None, "kv_pool": kv_pool},
+        "fleet": {
+            "servers": server or [],
+            "engines": engines,
+            "kv_blocks": kv_blocks or None,
+            "kv_pool": kv_pool,
+            "draft": draft,
+        },
         "output": {"trace": False},
     }
     runs = uvloop.run(_compare(config, policies, prompts, lengths, repeats))
@@ -215,7 +225,7 @@ def kv(
     json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON on stdout.")] = False,
 ) -> None:
     """Measure the KV pool: resuming elsewhere against prefilling again, and requests that move at every chunk."""
-    fleet = {"servers": server or [], "engines": engines, "kv_pool": kv_pool, "dtype": "float32"}
+    fleet = {"servers": server or [], "engines": engines, "kv_pool": kv_pool, "draft": "none", "dtype": "float32"}
     work = {"tokens": tokens, "rounds": rounds, "requests": requests, "chunks": chunks, "repeats": repeats}
     figures = uvloop.run(_measure_pool(resolve({"fleet": fleet}), work | {"seed": seed}))
     if json:

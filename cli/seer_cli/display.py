@@ -237,6 +237,8 @@ def _figures(snapshot: Snapshot, rate: float | None) -> str:
     }
     if snapshot.pool:
         figures |= {"pooled": snapshot.pool.loaded, "pool_gib": round(snapshot.pool.bytes / 2**30, 2)}
+    if snapshot.drafts:
+        figures |= {"tokens_per_draft": round(snapshot.drafts.length, 2), "switch_offs": snapshot.drafts.switch_offs}
     return " ".join(f"{name}={value}" for name, value in figures.items())
 
 

@@ -46,8 +46,10 @@ def pool_kind(asked: str) -> str:
 
 
 def draft_kind(asked: str) -> str:
-    """What "auto" means here: drafts from siblings, which stop by themselves where they do not pay."""
-    return asked if asked != "auto" else "none"
+    """What "auto" means here: drafts from siblings on CPUs, where they have been measured; elsewhere none."""
+    from seer_servers.placement import visible_gpus  # noqa: PLC0415 - as above
+
+    return asked if asked != "auto" else "none" if visible_gpus() else "grouped"
 
 
 def local_spec(config: FleetConfig) -> EngineSpec:

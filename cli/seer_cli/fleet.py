@@ -269,6 +269,7 @@ def commands(
         model=model,
         kv_pool=kv_pool,
         kv_pool_gib=kv_pool_gib,
+        draft="none",  # a draft server for several machines is started by hand: see design/drafting-server.md
         kv_blocks=kv_blocks,
         dtype=dtype,
         max_model_len=max_model_len,

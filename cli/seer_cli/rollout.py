@@ -373,6 +373,8 @@ async def engine_urls(config: Config, run_dir: Path, display: Display) -> AsyncI
     from seer_servers.fleet import LocalFleet  # noqa: PLC0415 - only where engines are started
 
     spec = local_spec(config.fleet)
+    if config.without_drafts:
+        spec = msgspec.structs.replace(spec, draft="none")
     pool = local_pool(config.fleet, spec, run_dir)
     async with LocalFleet(spec, config.fleet.engines, run_dir, pool=pool, say=display.phase) as fleet:
         yield fleet.urls

@@ -16,7 +16,7 @@ from seer_cli.panel import GAP, Column, Panel, aligned, bar, clean, duration, lo
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from seer_async.snapshot import EngineView, GroupView, PoolView, RequestView, Snapshot
+    from seer_async.snapshot import DraftView, EngineView, GroupView, PoolView, RequestView, Snapshot
 
 _GIB = 2**30
 _WIDE = 120  # columns from which panels and facts stand side by side
@@ -123,12 +123,12 @@ def _facts(frame: Frame, width: int) -> list[Text]:
         _count(now.restarts, "restarted", _WARN),
         _count(now.preemptions, "preempted", _WARN),
     )
-    pool = [_pool(now.pool)] if now.pool else []
+    extra = [*([_pool(now.pool)] if now.pool else []), *([_drafts(now.drafts)] if now.drafts else [])]
     if frame.final:
-        return [tokens, *([requests] if now.waiting + now.parked else []), so_far, *pool]
+        return [tokens, *([requests] if now.waiting + now.parked else []), so_far, *extra]
     if width < _WIDE:
-        return [tokens, requests, probes, so_far, *pool]
-    return side_by_side([[tokens, requests, *pool], [so_far, probes]], (width + GAP) // 2 - GAP)
+        return [tokens, requests, probes, so_far, *extra]
+    return side_by_side([[tokens, requests, *extra], [so_far, probes]], (width + GAP) // 2 - GAP)
 
 
 def _pool(pool: PoolView) -> Text:
@@ -139,6 +139,15 @@ def _pool(pool: PoolView) -> Text:
         _count(pool.loaded, "tokens loaded"),
         _count(pool.failures, "failed", _WARN),
         _count(pool.refused, "refused", _WARN),
+    )
+
+
+def _drafts(drafts: DraftView) -> Text:
+    return _fact(
+        "drafts",
+        Text.assemble((f"{drafts.length:.2f}", "bold"), (" tokens a draft", "dim")),
+        Text.assemble((f"{drafts.accepted / max(1, drafts.generated):.0%}", "bold"), (" of all drafted", "dim")),
+        _count(drafts.switch_offs, "switched off"),
     )
 
 

@@ -23,7 +23,7 @@ from seer_servers.placement import GIB, Placement, place
 from seer_servers.process import Process
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
     from types import TracebackType
 
@@ -181,25 +181,27 @@ class LocalEngine:
 class LocalFleet:
     """A fleet of `count` engines, up while the `async with` block lasts; `say` is told what happens, line by line.
 
-    The engines share `pool`, if there is one, and a draft server, if they draft from siblings; both start before them
-    and end after them.
+    `spec` is what they serve: one for all, or one for each. The engines share `pool`, if there is one, and a draft
+    server, if they draft from siblings; both start before them and end after them.
     """
 
     def __init__(
         self,
-        spec: EngineSpec,
+        spec: EngineSpec | Sequence[EngineSpec],
         count: int,
         run_dir: Path,
         *,
         pool: Pool | None = None,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
-        placements = place(count, spec.model)
+        specs = [spec] * count if isinstance(spec, EngineSpec) else list(spec)
+        placements = place(count, specs[0].model)
         ports = free_ports(count)
         self.pool = pool
-        self.drafts = _draft_service(run_dir) if spec.draft == GROUPED else None
+        self.drafts = _draft_service(run_dir) if any(each.draft == GROUPED for each in specs) else None
         self.engines = [
-            LocalEngine(i, ports[i], spec, placements[i], run_dir, pool=pool, drafts=self.drafts) for i in range(count)
+            LocalEngine(i, ports[i], specs[i], placements[i], run_dir, pool=pool, drafts=self.drafts)
+            for i in range(count)
         ]
         self._say = say
         self._keepers: list[asyncio.Task[None]] = []

@@ -1,0 +1,190 @@
+"""Drafts from siblings on a real engine: they are used, and change nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import psutil
+import pytest
+
+from seer_async.dataset import default_dataset, read_dataset
+from seer_async.engine import EngineClient
+from seer_async.wire import CallSpec
+from seer_servers.drafting.link import ask_stats
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from seer_async.types import ChunkReply
+    from seer_servers.fleet import LocalFleet
+
+pytestmark = pytest.mark.vllm
+
+SIBLINGS = 6
+TOKENS = 64
+
+
+class Drafting:
+    """The fleet's first engine, which drafts."""
+
+    def __init__(self, url: str, session: aiohttp.ClientSession) -> None:
+        self.url = url
+        self._session = session
+        self._client = EngineClient(url, session)
+
+    async def attach(self) -> None:
+        await self._client.attach(timeout_s=60, trial_timeout_s=120)
+
+    async def prompt(self, number: int) -> list[int]:
+        return await self._client.tokenize(read_dataset(default_dataset(), number + 1)[number], timeout_s=60)
+
+    async def respond(self, prompt: list[int], seed: int, kin: dict[str, str], **params: Any) -> ChunkReply:
+        info = self._client.info
+        assert info is not None
+        extra = {"seer_prompt_len": len(prompt)} | kin
+        options = {"max_tokens": TOKENS, "temperature": 1.0, "seed": seed, "logprobs": 0, "extra_args": extra}
+        spec = CallSpec(
+            request_id=uuid.uuid4().hex,
+            model=info.model,
+            prefix=prompt,
+            params=options | params,
+            cache_salt="test-drafting",
+            max_tokens=TOKENS,
+        )
+        return await self._client.generate(spec, info, timeout_s=300)
+
+    async def siblings(self, prompt: list[int], group: str, **params: Any) -> list[ChunkReply]:
+        """A group's responses, half of them first, so that the others have somebody to learn from."""
+        replies: list[ChunkReply] = []
+        for half in (range(SIBLINGS // 2), range(SIBLINGS // 2, SIBLINGS)):
+            kin = [{"seer_group": group, "seer_request": str(i)} for i in half]
+            replies += await asyncio.gather(
+                *(self.respond(prompt, i, k, **params) for i, k in zip(half, kin, strict=True))
+            )
+        return replies
+
+    async def get(self, path: str) -> dict[str, Any]:
+        async with self._session.get(f"{self.url}/v1/seer/drafts/{path}") as reply:
+            assert reply.ok, await reply.text()
+            return await reply.json()
+
+    async def post(self, path: str, body: Any) -> tuple[int, Any]:
+        async with self._session.post(f"{self.url}/v1/seer/drafts/{path}", json=body) as reply:
+            return reply.status, await reply.json()
+
+    async def accepted(self) -> int:
+        """Tokens that drafts had right so far, by vLLM's own count."""
+        await asyncio.sleep(0.6)
+        stats = (await self._client.stats(timeout_s=30)).drafts
+        assert stats is not None
+        return stats.accepted
+
+
+@asynccontextmanager
+async def drafting(fleet: LocalFleet) -> AsyncIterator[Drafting]:
+    async with aiohttp.ClientSession() as session:
+        engine = Drafting(fleet.urls[0], session)
+        await engine.attach()
+        yield engine
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{}, {"temperature": 0.6}, {"top_p": 0.8, "presence_penalty": 0.4, "frequency_penalty": 0.2}, {"min_tokens": 50}],
+    ids=["T=1", "T=0.6", "top-p and penalties", "min_tokens"],
+)
+async def test_drafts_change_no_token_and_no_logprob(vllm_fleet: LocalFleet, params: dict[str, Any]) -> None:
+    async with drafting(vllm_fleet) as engine:
+        prompt = await engine.prompt(0)
+        before = await engine.accepted()
+        drafted = await engine.siblings(prompt, f"on {params}", **params)
+        after = await engine.accepted()
+        assert after > before + SIBLINGS, "the drafts were used"
+        assert (await engine.post("config", {"enabled": False}))[0] == 200
+        try:
+            plain = await engine.siblings(prompt, f"off {params}", **params)
+            assert await engine.accepted() == after
+        finally:
+            assert (await engine.post("config", {"enabled": True}))[0] == 200
+    for with_drafts, without in zip(drafted, plain, strict=True):
+        assert with_drafts.token_ids == without.token_ids
+        assert with_drafts.logprobs == pytest.approx(without.logprobs, abs=2e-3)
+
+
+async def test_requests_that_say_nothing_are_siblings_by_their_prompt(vllm_fleet: LocalFleet) -> None:
+    async with drafting(vllm_fleet) as engine:
+        prompt = await engine.prompt(1)
+        before = await engine.accepted()
+        first = await engine.respond(prompt, 1, {}, temperature=0.0)
+        again = await engine.respond(prompt, 2, {}, temperature=0.0)
+        assert again.token_ids == first.token_ids
+        assert await engine.accepted() - before > len(first.token_ids) // 2
+
+
+async def test_a_reference_from_outside_is_a_sibling(vllm_fleet: LocalFleet) -> None:
+    """What another system sends to the draft server is drafted from, and speeds up a response that says the same."""
+    async with drafting(vllm_fleet) as engine:
+        prompt = await engine.prompt(2)
+        truth = await engine.respond(prompt, 1, {"seer_group": "elsewhere", "seer_request": "x"}, temperature=0.0)
+        body = {"group": "with reference", "request": "solution", "token_ids": truth.token_ids}
+        assert await engine.post("update", body) == (200, {"tokens": len(truth.token_ids)})
+        before = await engine.accepted()
+        kin = {"seer_group": "with reference", "seer_request": "0"}
+        again = await engine.respond(prompt, 2, kin, temperature=0.0)
+        assert again.token_ids == truth.token_ids
+        assert await engine.accepted() - before > len(truth.token_ids) // 3
+
+
+async def test_routes(vllm_fleet: LocalFleet) -> None:
+    async with drafting(vllm_fleet) as engine:
+        assert await engine.post("register", {"groups": ["g"], "ttl_s": 5}) == (200, {"groups": 1})
+        for path, body in (
+            ("register", {"groups": []}),
+            ("register", {"groups": ["g"], "ttl_s": -1}),
+            ("update", {"group": "g", "request": "r", "token_ids": [-1]}),
+            ("update", {"group": "g", "request": "r", "token_ids": [1], "prev_token_count": -1}),
+            ("config", {"max_spec_tokens": 0}),
+            ("config", {"colour": "red"}),
+        ):
+            assert (await engine.post(path, body))[0] in {400, 422}, body
+        status, said = await engine.post("config", {"max_spec_tokens": 60})
+        assert (status, "num_speculative_tokens" in str(said)) == (400, True)
+        settings = await engine.get("config")
+        assert settings["enabled"]
+        assert settings["max_spec_tokens"] == 8
+        stats = await engine.get("stats")
+        assert stats["verified"] > 0
+        assert sum(stats["accepted"]) <= sum(stats["drafted"])
+        assert stats["server"]["sync_connected"] == 1
+        async with aiohttp.ClientSession(vllm_fleet.urls[1]) as plain:
+            for path in ("stats", "config"):
+                async with plain.get(f"/v1/seer/drafts/{path}") as reply:
+                    assert reply.status == 404
+
+
+async def test_a_killed_draft_server_is_replaced_and_filled_again(vllm_fleet: LocalFleet) -> None:
+    service = vllm_fleet.drafts
+    assert service is not None
+    async with drafting(vllm_fleet) as engine:
+        prompt = await engine.prompt(3)
+        whole = await engine.siblings(prompt, "killed")
+        known = await until_known(service.address, 1)
+        victim = next(p for p in psutil.process_iter(["cmdline"]) if service.address in (p.info["cmdline"] or []))
+        victim.kill()
+        again = await engine.siblings(prompt, "killed again")
+        assert [reply.token_ids for reply in again] == [reply.token_ids for reply in whole]
+        assert await until_known(service.address, known) >= known
+
+
+async def until_known(address: str, tokens: int) -> int:
+    """Wait until a draft server knows that many tokens."""
+    async with asyncio.timeout(30):
+        while True:
+            stats = await asyncio.to_thread(ask_stats, address, connect_s=0.2)
+            if stats is not None and stats.tokens >= tokens:
+                return stats.tokens
+            await asyncio.sleep(0.2)
