@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup rollout test lint bench-rollout bench-kv bench-core clean
+.PHONY: help setup rollout test lint bench-rollout bench-kv bench-drafts bench-core clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -27,6 +27,9 @@ bench-rollout: setup ## measure the rollout against its baselines on real engine
 
 bench-kv: setup ## measure the KV pool on real engines
 	@$(BIN)/seer bench kv $(ARGS)
+
+bench-drafts: setup ## measure drafting on real engines
+	@$(BIN)/seer bench drafts $(ARGS)
 
 bench-core: setup ## measure the orchestrator alone
 	@$(BIN)/seer bench core $(ARGS)

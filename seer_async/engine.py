@@ -200,7 +200,7 @@ class EngineClient:
         answer = await self._request(method, path, encoded, timeout_s)
         try:
             return msgspec.json.decode(answer, type=kind)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise EngineError(
                 FailureKind.BAD_REPLY, f"{path} answers something else than vLLM does: {error}"
             ) from error
@@ -276,6 +276,6 @@ def _message(answer: bytes) -> str:
     try:
         body = msgspec.json.decode(answer)
         said = body["error"]["message"] if isinstance(body["error"], dict) else body["error"]
-    except (msgspec.DecodeError, RecursionError, KeyError, TypeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError):
         said = answer[:200].decode(errors="replace")
     return " ".join(str(said).split())[:300]

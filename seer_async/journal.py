@@ -87,5 +87,5 @@ def _parse(line: bytes, decoder: msgspec.json.Decoder[Record]) -> Record | None:
         return None
     try:
         return decoder.decode(body)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError):
         return None

@@ -124,7 +124,7 @@ class RunFolder:
             info = msgspec.json.decode((path / "run.json").read_bytes(), type=RunInfo)
             lines = (path / "prompts.jsonl").read_bytes().splitlines()
             prompts = [msgspec.json.decode(line, type=Prompt) for line in lines]
-        except (OSError, msgspec.DecodeError) as error:
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
             raise StorageError(f"{path} cannot be resumed: {error}; name the folder of an interrupted run") from error
         try:
             lock = _lock(path)  # before anything is repaired
@@ -248,5 +248,5 @@ def _settle_samples(path: Path, finished: set[str]) -> set[str]:
 def _head(line: bytes) -> _SampleHead | None:
     try:
         return msgspec.json.decode(line, type=_SampleHead) if line.endswith(b"\n") else None
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError):
         return None

@@ -259,7 +259,7 @@ def _settle(path: Path) -> _Past:
                 break
             try:
                 _learn(past, line)
-            except msgspec.DecodeError:
+            except (msgspec.DecodeError, UnicodeDecodeError):
                 break
             kept += len(line)
         file.truncate(kept if past.origin is not None else 0)

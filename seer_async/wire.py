@@ -250,7 +250,7 @@ DIALECTS: dict[str, Dialect] = {d.name: d for d in (Generate(), Completions())}
 def _decode(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
     try:
         return decoder.decode(body)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _bad(f"it is not what was asked for: {error}") from error
 
 

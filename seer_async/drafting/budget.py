@@ -25,6 +25,7 @@ HIGH_WEIGHT = 2.0  # what a token of a probe or a tail request is worth, against
 MARGIN = 1.02
 OFF_AFTER = 16  # steps
 TRY_EVERY = 32  # steps, while off
+TRY_MOST = 2  # tokens of a request, then
 REST_EVERY = 64  # steps, while on
 
 
@@ -61,7 +62,7 @@ class Budget:
         self._idle += 1
         self.switch_offs += self._idle == OFF_AFTER
         # While off, what is tried is the best there is, gain or not: it is what keeps the chances and times true.
-        return self._best(survival, weights, 0.0) if trying else counts
+        return [min(TRY_MOST, count) for count in self._best(survival, weights, 0.0)] if trying else counts
 
     def _best(self, survival: Sequence[Sequence[float]], weights: Sequence[float], margin: float) -> list[int]:
         batch = len(survival)

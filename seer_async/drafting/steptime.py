@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 MEMORY = 150.0  # steps after which an old one weighs a third (1/e)
 TRUST = np.array([1e-3, 3.0, 3.0, 0.3])  # how firmly each parameter is held to its start: base barely, slopes firmly
-OUTLIER = 2.5  # a step this many times slower than predicted was held up by something else
+OUTLIER = 1.5  # a step this many times slower than predicted was held up by something else
 WARM = 8  # steps of a model before outliers can be told
 
 
@@ -91,6 +91,8 @@ class _Model:
     def curve(self, requests: int, drafts: int) -> NDArray[np.float64]:
         base, per_token, per_draft, jump = self._parameters
         count = np.arange(drafts + 1)
-        times = base + per_token * requests + max(0.0, per_token + per_draft) * count + max(0.0, jump) * (count > 0)
+        # A drafted token costs no less than a decoded one: what few noisy steps say against that is noise.
+        each = max(0.0, per_token) + max(0.0, per_draft)
+        times = base + per_token * requests + each * count + max(0.0, jump) * (count > 0)
         result: NDArray[np.float64] = np.maximum(times, 1e-3)
         return result

@@ -70,7 +70,7 @@ def read_fleet_file(path: Path) -> FleetFile:
         said = msgspec.json.decode(path.read_bytes(), type=list[str] | FleetFile)
     except OSError as error:
         raise UsageError(f"cannot read fleet file {path}: {error.strerror or error}") from error
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"fleet file {path}: {error}; {remedy}") from error
     fleet = said if isinstance(said, FleetFile) else FleetFile(engines=[Engine(url=url) for url in said])
     _check(path, fleet.urls)

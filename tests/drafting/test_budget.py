@@ -77,7 +77,7 @@ class TestAcceptance:
 
     def test_survival_falls_along_a_path(self):
         chances = Acceptance().survival(3, [0.9, 0.9, 0.45, 0.45])
-        assert all(0 < b < a < 1 for a, b in zip([1.0, *chances], chances, strict=False))
+        assert all(0 < b < a <= 1 for a, b in zip([1.0, *chances], chances, strict=False))
         assert len(chances) == 4
 
 

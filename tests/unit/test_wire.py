@@ -67,6 +67,8 @@ def test_a_right_reply(dialect: str, body: bytes) -> None:
     "body",
     [
         b"",
+        b'{"request_id": "\xff"}',
+        b'{"\x80": 1}',
         b"{",
         b"<html>",
         b"[" * 10_000,

@@ -371,8 +371,9 @@ class TestInstallation:
             "Seer capability continuation",
         ]
 
-    def test_drafts_end_the_promise_about_seeds(self):
-        assert worker.support(config(speculative=object()))["capabilities"] == ["continuation"]
+    def test_drafts_keep_the_promise_about_seeds(self):
+        held = worker.support(config(speculative=object()))["capabilities"]
+        assert held == ["position_seeds", "continuation", "drafts"]
 
     def test_a_failure_does_not_reach_vllm(self, monkeypatch, caplog):
         monkeypatch.setattr(worker, "hook", lambda: 1 / 0)

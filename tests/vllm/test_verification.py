@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("vllm", reason="these are vLLM's samplers")
 
 import torch
-from vllm.platforms import current_platform
+from vllm.utils import cpu_triton_utils
 from vllm.v1.sample import rejection_sampler
 from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.metadata import SamplingMetadata
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 VOCAB = 24
 CPU = torch.device("cpu")
-STOCK_FORWARD = rejection_sampler.RejectionSampler.forward
-STOCK_EXPAND = rejection_sampler.expand_batch_to_tokens
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -40,11 +38,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "all": {"temperature": 0.7, "top_p": 0.9, "top_k": 9, "presence": 0.5, "repetition": 1.1, "bad_words": [[2]]},
     "greedy": {"temperature": 0.0},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def stand_ins() -> None:
-    current_platform.register_triton_kernel_overrides()
 
 
 @pytest.fixture
@@ -215,20 +208,18 @@ class TestDistribution:
         assert second.sum() > 200
         assert self.p_value(second, self.after_draft(), temperature) > 1e-4
 
-    def test_the_cpu_stand_in_is_caught(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """vLLM's own path on a CPU without Triton: drafted rows are divided by whatever lay in memory."""
-        monkeypatch.setattr(rejection_sampler, "expand_batch_to_tokens", broken_expand)
+    def test_the_cpu_stand_in_is_caught(self, patched: None, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With vLLM's own stand-in drafted rows are divided by whatever lay in memory."""
+        monkeypatch.setattr(rejection_sampler, "expand_batch_to_tokens", stand_in)
         torch.manual_seed(1)
         first, _ = self.counts(temperature=0.6)
         assert self.p_value(first, model([1, 2]), 0.6) < 1e-9
 
 
-def broken_expand(x: Any, cu_num_tokens: Any, num_tokens: int, replace_from: float = 0, replace_to: float = 0) -> Any:
-    """vLLM's function with memory that an earlier tensor left: the stand-in never writes there."""
-    if x.dtype != torch.float32:
-        return STOCK_EXPAND(x, cu_num_tokens, num_tokens, replace_from, replace_to)
-    out = torch.full((num_tokens,), 3.0)
-    rejection_sampler._expand(out, x, cu_num_tokens, replace_from, replace_to)
+def stand_in(x: Any, cu_num_tokens: Any, num_tokens: int, replace_from: float = 0, replace_to: float = 0) -> Any:
+    """`expand_batch_to_tokens` as it runs on a CPU without Triton, in memory that an earlier tensor left."""
+    out = torch.full((num_tokens,), 3, dtype=x.dtype)
+    cpu_triton_utils._expand_kernel_impl(out, x, cu_num_tokens, replace_from, replace_to)
     return out
 
 

@@ -69,7 +69,7 @@ class DraftServer:
         """The reply to a message; None to one that makes no sense, which is only counted."""
         try:
             request = request_decoder.decode(message)
-        except (msgspec.DecodeError, RecursionError):
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             self.malformed += 1
             return None
         return encoder.encode(self.handle(request))

@@ -30,6 +30,7 @@ from seer_servers.plugin.marker import SEER_PROMPT_LEN
 logger = init_logger("vllm.seer")
 
 SERVER_ENV = "SEER_DRAFT_SERVER"
+SEND_S, FETCH_S = 0.1, 0.2  # siblings' news may be that old; the client's thread shares the engine's core
 TTL_S = 600.0  # how long the draft server keeps a group that no engine speaks of
 SWEEP_EVERY = 32  # steps
 SETTINGS = ("max_spec_tokens", "pattern_lookup_min", "pattern_lookup_max", "min_score")
@@ -84,7 +85,9 @@ class GroupedDrafter:
         self.budget = Budget(StepTime())
         self.stats = DraftStats()
         address = os.environ.get(SERVER_ENV)
-        self.client = DraftClient(address, name=f"engine-{os.getpid()}") if address else None
+        self.client = (
+            DraftClient(address, name=f"engine-{os.getpid()}", batch_s=SEND_S, fetch_s=FETCH_S) if address else None
+        )
         self._rows: dict[str, Row] = {}
         self._runner: Any = None
         self._scheduled: Any = None

@@ -31,6 +31,7 @@ def v1_patches(runner: type) -> tuple[Patch, ...]:
     return (
         Patch(runner, "propose_draft_token_ids", PROPOSE, _around_propose),
         Patch(runner, "_input_fits_in_drafter", ("self", "common_attn_metadata"), _around_fits),
+        Patch(runner, "_sample", ("self", "logits", "spec_decode_metadata"), _around_sample),
     )
 
 
@@ -84,6 +85,16 @@ def _around_fits(fits: Function) -> Function:
         return common_attn_metadata is not None if ours(runner) else fits(runner, common_attn_metadata)
 
     return _input_fits_in_drafter
+
+
+def _around_sample(sample: Function) -> Function:
+    """A step without a draft is sampled as one of an engine that never drafts: its logits are the same rows."""
+
+    def _sample(runner: Any, logits: Any, spec_decode_metadata: Any) -> Any:
+        plain = spec_decode_metadata is not None and not any(spec_decode_metadata.num_draft_tokens)
+        return sample(runner, logits, None if plain and ours(runner) else spec_decode_metadata)
+
+    return _sample
 
 
 def _around_request(from_request: Any) -> Any:
