@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.vllm
 
 CHUNK_SIZES = (7, 16, 64, 0)
-MAX_TOKENS = 64
+MAX_TOKENS = 72
 OPTIONS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "greedy, penalties": {
@@ -73,7 +73,7 @@ async def _sampled(fleet: LocalFleet, folder: Path, name: str) -> Runs:
 
     async def chunked(size: int) -> dict[str, Any]:
         tree = {
-            "rollout": {"n": 2, "chunk_size": size},
+            "rollout": {"n": 1, "chunk_size": size},
             "sampling": {"max_tokens": MAX_TOKENS, "seed": 5} | OPTIONS[name],
             "scheduler": {"affinity": 0.0, "pooled_affinity": 0.0},  # move as often as balance allows
             "engine": {"kv_pool": size != 16},  # the pool and computing again must agree, too

@@ -19,6 +19,11 @@ pytest.importorskip("triton", reason="the kernels are Triton's")
 import numpy as np
 import triton
 import vllm
+from vllm.config import CUDAGraphMode
+from vllm.v1.worker.gpu import model_runner
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
+from vllm.v1.worker.gpu.model_states import default as model_states
 
 from seer_servers.plugin import gpu_drafting, gpu_siblings, gpu_switch, gpu_verification
 from seer_servers.plugin import gpu_kernels as kernels
@@ -423,6 +428,73 @@ def test_a_seeded_sample_is_the_same_with_and_without_drafts(gumbel_sample):
         drafted += tokens[0, : int(counts[0])].tolist()
     assert drafted == plain[: len(drafted)]
     assert len(set(plain)) == VOCABULARY
+
+
+class Runner:
+    """What vLLM's runner uses to describe a step to attention, without a model."""
+
+    def __init__(self, monkeypatch):
+        for kernel in ("prepare_pos_seq_lens", "combine_sampled_and_draft_tokens"):
+            monkeypatch.setattr(model_runner, kernel, lambda *_: None)
+        monkeypatch.setattr(model_states, "build_attn_metadata", lambda **told: told)
+        self.device, self.decode_query_len, self.max_num_reqs = DEVICE, 1 + STEPS, SLOTS
+        self.input_buffers = InputBuffers(SLOTS, SLOTS * self.decode_query_len, DEVICE)
+        self.model_state = SimpleNamespace(num_new_sampled_tokens_per_step=1, supports_mm_inputs=False, max_model_len=9)
+        self.model_config = SimpleNamespace(rswa_window=None)
+        self.adaptive_verification = self.fast_prefill = self.pcp_manager = None
+        lengths = SimpleNamespace(gpu=None)
+        self.req_states = SimpleNamespace(
+            num_computed_tokens=lengths,
+            prefill_len=lengths,
+            last_sampled_tokens=None,
+            draft_tokens=None,
+            num_computed_tokens_np=np.full(SLOTS, 7, dtype=np.int32),
+        )
+
+    def step_without_drafts(self, requests, graph):
+        """A batch in which each request decodes one token."""
+        ones, prefilled = np.ones(requests, dtype=np.int32), np.full(requests, 7, dtype=np.int32)
+        state = model_runner.BatchReqState(
+            req_ids=[str(slot) for slot in range(requests)],
+            num_scheduled_tokens=ones,
+            num_tokens=requests,
+            num_draft_tokens_np=None,
+            idx_mapping_np=np.arange(requests),
+            prefill_len_np=prefilled,
+            num_computed_prefill_tokens_np=prefilled,
+            is_prefilling_np=np.zeros(requests, dtype=np.bool_),
+            has_prefill=False,
+            prefill_runs_as_decode_np=None,
+            decode_graph_eligible=True,
+            max_seq_len_np=None,
+        )
+        scheduled = SimpleNamespace(scheduled_spec_decode_tokens={}, has_structured_output_requests=False)
+        (patch,) = (patch for patch in gpu_verification.patches() if patch.name == "prepare_inputs")
+        prepare_inputs = patch.around(model_runner.GPUModelRunner.prepare_inputs)
+        return prepare_inputs(self, scheduled, state, graph, 0)
+
+    def longest_query(self, batch, graph, *, capture):
+        """What attention is told of the batch's queries when `graph` is captured or replayed."""
+        described = model_states.DefaultModelState.prepare_attn(
+            self.model_state, batch, graph.cg_mode, (), None, [], None, for_capture=capture
+        )
+        return described["max_query_len"]
+
+
+def test_a_graph_is_replayed_as_it_was_captured(monkeypatch):
+    """A step without drafts replays the graph of mixed lengths; a plan for single tokens would not fit it."""
+    runner = Runner(monkeypatch)
+    graph = BatchExecutionDescriptor(CUDAGraphMode.FULL, 4, 4, max_query_len=runner.decode_query_len)
+    captured = InputBatch.make_dummy(4, 4, runner.input_buffers, max_query_len=graph.max_query_len)
+    replayed = runner.step_without_drafts(3, graph)
+    assert runner.longest_query(captured, graph, capture=True) == 1 + STEPS
+    assert runner.longest_query(replayed, graph, capture=False) == 1 + STEPS
+
+
+def test_outside_of_such_graphs_a_step_is_described_as_it_is(monkeypatch):
+    runner = Runner(monkeypatch)
+    graph = BatchExecutionDescriptor(CUDAGraphMode.PIECEWISE, 4, None)
+    assert runner.longest_query(runner.step_without_drafts(3, graph), graph, capture=False) == 1
 
 
 # The switch

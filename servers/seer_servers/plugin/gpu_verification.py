@@ -8,6 +8,8 @@ How many drafted tokens a step verifies is vLLM's adaptive verification: it take
 each drafted token's confidence and the cost of a step by its tokens. The confidences are ours, and so is the cost: that
 of the model, of sampling, and never less than what the host takes to prepare a step.
 
+Steps of mixed lengths replay CUDA graphs captured for the longest; one without drafts must be described as such, too.
+
 Invariants: how many drafts are verified depends on the past alone, never on what is being drawn, so what is kept has
 the policy's distribution; a request without drafts is sampled exactly as without speculation.
 """
@@ -20,6 +22,7 @@ import numpy as np
 import torch
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 from vllm.v1.worker.gpu.async_utils import stream
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.spec_decode import adaptive_verification, rejection_sampler
 from vllm.v1.worker.gpu.spec_decode.adaptive_verification import AdaptiveVerificationManager
@@ -54,6 +57,7 @@ REJECTION_SAMPLE = (
     "watermark_key",
 )
 ASSIGN = ("confidence_probs", "idx_mapping", "capacities", "draft_budget", "num_steps")
+PREPARE_INPUTS = ("self", "scheduler_output", "batch_req_state", "batch_desc", "num_active_loras")
 
 
 def patches() -> tuple[Patch, ...]:
@@ -61,6 +65,7 @@ def patches() -> tuple[Patch, ...]:
     return (
         Patch(rejection_sampler, "rejection_sample", REJECTION_SAMPLE, _around_rejection_sample),
         Patch(adaptive_verification, "_assign_draft_token_budget_compiled", ASSIGN, _around_assign),
+        Patch(GPUModelRunner, "prepare_inputs", PREPARE_INPUTS, _around_prepare_inputs),
     )
 
 
@@ -120,6 +125,23 @@ def _around_assign(_: Function) -> Function:
         adaptive_verification._assign_draft_token_budget(*arguments)  # noqa: SLF001 - it is what was compiled
 
     return _assign
+
+
+def _around_prepare_inputs(prepare_inputs: Function) -> Function:
+    """Describe a step to attention by the query length that its CUDA graph was captured for.
+
+    vLLM does so only where drafts are scheduled; without, it says that all queries are of one token. For those
+    FlashAttention 3 plans without a causal mask, unless heads are of 65 to 128 numbers, and lays out such a plan
+    otherwise than the captured kernel reads it: the step's attention is then garbage.
+    """
+
+    def _prepare_inputs(runner: Any, scheduler_output: Any, state: Any, graph: Any, num_active_loras: int) -> Any:
+        batch = prepare_inputs(runner, scheduler_output, state, graph, num_active_loras)
+        if graph.max_query_len is not None:
+            batch.max_query_len = graph.max_query_len
+        return batch
+
+    return _prepare_inputs
 
 
 class GroupedVerification(AdaptiveVerificationManager):  # type: ignore[misc]  # vLLM has no types here

@@ -76,7 +76,6 @@ class SeerShmConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is not
                 block_size=vllm_config.cache_config.block_size,
                 ranks=vllm_config.parallel_config.tensor_parallel_size,
                 between_steps=self._between_steps,
-                leave=1 if vllm_config.speculative_config is None else 2,  # vLLM drafts junk for a lone token
             )
 
     @property

@@ -2,8 +2,8 @@
 
 Invariants: only requests with a `cache_salt` take part, because the salt is what ties a block to weights; a block is
 planned to be saved only when all its tokens are known and computed by the end of the step, so draft tokens that may be
-rejected are never in it; at least `leave` tokens of a request are left to compute, because the last one's logits are
-needed.
+rejected are never in it; a request's last token is left to compute, because its logits are needed. (Where an engine
+drafts, vLLM then pads the step with junk drafts: less than the block that would be computed to avoid it.)
 
 A chunk rarely ends where a block does. So the block that a request ends in is saved too when its limit is near, as a
 *tail*: a block of which only the first tokens count, named by exactly those. A continuation looks for the longest.
@@ -64,7 +64,7 @@ class SchedulerSide:
     """Finds, plans and forgets.
 
     `ranks` is the number of workers, each of which has its own part of every block; `between_steps` says whether loads
-    happen between steps or at the start of the step that needs them; `leave` tokens at least are computed.
+    happen between steps or at the start of the step that needs them.
     """
 
     def __init__(
@@ -76,7 +76,6 @@ class SchedulerSide:
         block_size: int,
         ranks: int,
         between_steps: bool,
-        leave: int,
     ) -> None:
         self._store = store
         self._row = row
@@ -84,7 +83,6 @@ class SchedulerSide:
         self._block_size = block_size
         self._ranks = ranks
         self._between_steps = between_steps
-        self._leave = leave
         self._tracked: dict[str, Tracked] = {}
         self._loads: list[Load] = []  # for the next step
         self._loading: set[str] = set()
@@ -168,7 +166,7 @@ class SchedulerSide:
     def _find(self, tracked: Tracked, computed: int) -> Found:
         size, request = self._block_size, tracked.request
         found = Found(computed // size)
-        most = request.num_tokens - self._leave
+        most = request.num_tokens - 1
         full = min(most // size, len(request.block_hashes))
         for depth in range(found.first, full):
             block = self._block(tracked, depth)
