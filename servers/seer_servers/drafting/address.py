@@ -19,6 +19,7 @@ from seer_async.errors import ConfigError, FleetError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+ADDRESS_ENV = "SEER_DRAFT_SERVER"  # tells an engine its draft server
 _SOCKET_PATH_BYTES = 107  # the kernel's limit
 
 

@@ -11,7 +11,7 @@ import tempfile
 import uuid
 from typing import TYPE_CHECKING
 
-from seer_servers.drafting.address import socket_path
+from seer_servers.drafting.address import ADDRESS_ENV, socket_path
 from seer_servers.drafting.link import ask_stats
 from seer_servers.drafting.tokenlog import MAX_TOKENS
 from seer_servers.fleet import free_ports
@@ -20,7 +20,6 @@ from seer_servers.kvpool.mooncake import Service
 if TYPE_CHECKING:
     from pathlib import Path
 
-ADDRESS_ENV = "SEER_DRAFT_SERVER"
 _ROOTS = (os.environ.get("XDG_RUNTIME_DIR", ""), tempfile.gettempdir(), "/tmp")  # noqa: S108 - in a folder of mode 700
 _MAX_ROOT = 80  # bytes; a socket's path has 107
 

@@ -14,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from pydantic import BaseModel, ConfigDict, Field
 from vllm.config import VllmConfig
 
+from seer_servers.drafting.address import ADDRESS_ENV
 from seer_servers.drafting.client import DraftClient
 from seer_servers.plugin.draft_stats import read_page
 
@@ -55,7 +56,7 @@ class ConfigBody(BaseModel):
 
 def draft_client(config: VllmConfig) -> DraftClient | None:
     """The API process's own line to the draft server; None in an engine that has none."""
-    address = os.environ.get("SEER_DRAFT_SERVER")
+    address = os.environ.get(ADDRESS_ENV)
     return DraftClient(address, name=f"api-{os.getpid()}") if address and config.speculative_config else None
 
 

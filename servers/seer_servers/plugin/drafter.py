@@ -23,13 +23,13 @@ from seer_async.drafting.budget import HIGH_WEIGHT, Budget
 from seer_async.drafting.groups import Groups
 from seer_async.drafting.index import GroupIndex, Lookup, Path
 from seer_async.drafting.steptime import Profile, StepTime
+from seer_servers.drafting.address import ADDRESS_ENV
 from seer_servers.drafting.client import DraftClient
 from seer_servers.plugin.draft_stats import DraftStats
 from seer_servers.plugin.marker import SEER_PROMPT_LEN
 
 logger = init_logger("vllm.seer")
 
-SERVER_ENV = "SEER_DRAFT_SERVER"
 SEND_S, FETCH_S = 0.1, 0.2  # siblings' news may be that old; the client's thread shares the engine's core
 TTL_S = 600.0  # how long the draft server keeps a group that no engine speaks of
 SWEEP_EVERY = 32  # steps
@@ -84,7 +84,7 @@ class GroupedDrafter:
         self.acceptance = Acceptance()
         self.budget = Budget(StepTime())
         self.stats = DraftStats()
-        address = os.environ.get(SERVER_ENV)
+        address = os.environ.get(ADDRESS_ENV)
         self.client = (
             DraftClient(address, name=f"engine-{os.getpid()}", batch_s=SEND_S, fetch_s=FETCH_S) if address else None
         )
