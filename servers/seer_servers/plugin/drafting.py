@@ -9,7 +9,6 @@ from typing import Any
 
 from seer_servers.plugin.patching import Function, Patch
 
-PROPOSER = "seer_servers.plugin.drafter.GroupedDrafter"  # for vLLM's --speculative-config
 SALT = "seer_salt"
 
 PROPOSE = (
