@@ -39,6 +39,7 @@ BASELINE = "none"
 ELSEWHERE = "elsewhere"  # the point whose siblings live on the other engine
 _ONE_CORE = {"OMP_NUM_THREADS": "1", "OMP_PROC_BIND": "false"}  # as in a fleet of as many engines as cores
 _TIMEOUT_S = 900.0
+_STRIDE = 7  # prompts between the groups of one turn and the next
 _SETTLE_S = 0.6  # counters reach /metrics, and siblings the other engine
 
 
@@ -225,11 +226,13 @@ async def measure_drafts(
             await stack.enter_async_context(fleet)
             lanes.append(Contender(name, [await _engine(local, session) for local in fleet.engines]))
         tokenised = await lanes[0].tokenise(prompts)
-        for point in points:
+        for number, point in enumerate(points):
             count = _groups(point, siblings)
-            sampling = Sampling(temperature=point.temperature, max_tokens=max_tokens, seed=7)
             for repeat in range(repeats):
-                groups = [tokenised[(repeat * count + i) % len(tokenised)] for i in range(count)]
+                # The same for all contenders, and never twice: an engine that remembers would only repeat itself.
+                turn = number * repeats + repeat
+                sampling = Sampling(temperature=point.temperature, max_tokens=max_tokens, seed=turn)
+                groups = [tokenised[(turn * _STRIDE + i) % len(tokenised)] for i in range(count)]
                 for name, lane in _rotated(list(zip(contenders, lanes, strict=True)), repeat):
                     turns.append(await lane.turn(point, repeat, groups, siblings, sampling))
                     say(_line(turns[-1], name))
