@@ -46,10 +46,8 @@ def pool_kind(asked: str) -> str:
 
 
 def draft_kind(asked: str) -> str:
-    """What "auto" means here: drafts from siblings on CPUs, where they have been measured; elsewhere none."""
-    from seer_servers.placement import visible_gpus  # noqa: PLC0415 - as above
-
-    return asked if asked != "auto" else "none" if visible_gpus() else "grouped"
+    """What "auto" means: no drafts yet, because in the middle of the batch sizes they may still lose a little."""
+    return asked if asked != "auto" else "none"
 
 
 def local_spec(config: FleetConfig) -> EngineSpec:

@@ -91,7 +91,7 @@ def up(
         str | None,
         typer.Option(
             help="How the engines draft: grouped (from the siblings of a response), suffix or ngram (vLLM's own), "
-            "none, or auto. [default: auto]",
+            "none, or auto (none). [default: auto]",
             show_default=False,
         ),
     ] = None,

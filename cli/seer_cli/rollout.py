@@ -119,7 +119,7 @@ def rollout(
         str | None,
         typer.Option(
             help="How local engines draft: grouped (from the siblings of a response), suffix or ngram (vLLM's own), "
-            "none, or auto. It changes no sample. [default: auto]",
+            "none, or auto (none). It changes no sample. [default: auto]",
             rich_help_panel=_FLEET,
             show_default=False,
         ),

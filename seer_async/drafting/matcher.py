@@ -18,28 +18,51 @@ FADE = 0.5  # a match that is shorter by a token has half the vote
 FLOOR = 1 / 64
 DOUBT = 0.5  # votes against everything: one witness is worth less than ten that agree
 
-
-@njit(cache=True)
-def _hash(pool, end, order, mask):
-    value = np.uint32(2166136261 + order)
-    for offset in range(end - order + 1, end + 1):
-        value = (value ^ np.uint32(pool[offset])) * np.uint32(2654435761)
-        value ^= value >> np.uint32(15)
-    return np.int64(value) & mask
+_SEED = 0xCBF29CE484222325
+_PRIME = 0x9E3779B97F4A7C15
 
 
-@njit(cache=True)
+def _compiled(function):
+    """Compile at the first call, and keep it on disk where there is a folder to write to: compiling takes seconds."""
+    try:
+        return njit(cache=True)(function)
+    except RuntimeError:  # neither the package's folder nor the user's cache can be written
+        return njit(function)
+
+
+@_compiled
+def _mix(value, token):
+    value = (value ^ np.uint64(token)) * np.uint64(_PRIME)
+    return value ^ (value >> np.uint64(32))
+
+
+@_compiled
+def _slot(tokens, end, order, mask):
+    """Where the table of an order has the `order` tokens that end at tokens[end]."""
+    value = np.uint64(_SEED)
+    for back in range(order):
+        value = _mix(value, tokens[end - back])
+    return np.int64(value & np.uint64(mask))
+
+
+@_compiled
 def _link(place, at, offset, pool, heads, places):
     """Make `place`, whose token is pool[at] at `offset` of its sequence, the latest of its chains."""
-    mask = heads.shape[1] - 1
-    for kind in range(len(ORDERS)):
-        if offset + 1 >= ORDERS[kind]:
-            slot = _hash(pool, at, ORDERS[kind], mask)
-            places[place, 2 + kind] = heads[kind, slot]
-            heads[kind, slot] = place
+    mask = np.uint64(heads.shape[1] - 1)
+    value = np.uint64(_SEED)
+    back = 0
+    for kind in range(len(ORDERS) - 1, -1, -1):  # shortest first: a longer hash goes on from a shorter
+        if ORDERS[kind] > offset + 1:
+            break
+        while back < ORDERS[kind]:
+            value = _mix(value, pool[at - back])
+            back += 1
+        slot = np.int64(value & mask)
+        places[place, 2 + kind] = heads[kind, slot]
+        heads[kind, slot] = place
 
 
-@njit(cache=True)
+@_compiled
 def append(new, runs, count, pool, starts, lengths, heads, places):
     """Append `new`, of which each run (sequence, tokens) has its part in turn; `count` places exist."""
     at = 0
@@ -57,15 +80,75 @@ def append(new, runs, count, pool, starts, lengths, heads, places):
             at += 1
 
 
-@njit(cache=True)
-def relink(count, pool, starts, heads, places):
-    """Link all places anew, into empty `heads`."""
-    for place in range(count):
-        offset = places[place, 1]
-        _link(place, starts[places[place, 0]] + offset, offset, pool, heads, places)
+@_compiled
+def propose(tail, least, longest, most, top, low, pool, starts, lengths, heads, places):
+    """Up to `top` paths of up to `most` tokens, best first, with scores of at least `low`.
+
+    Returns tokens [top, most], scores [top, most], the paths' lengths [top], and the longest match in tokens, which is
+    from `least` to `longest`, or 0 where there is none.
+    """
+    nexts, rooms, votes, match = _find(tail, least, longest, top, pool, starts, lengths, heads, places)
+    tokens, parents, depths, scores = _tree(nexts, rooms, votes, most, pool)
+    gains, heirs = _gains(parents, scores, low)
+    path_tokens = np.zeros((top, most), dtype=np.int32)
+    path_scores = np.zeros((top, most), dtype=np.float64)
+    path_lengths = np.zeros(top, dtype=np.int64)
+    taken = np.zeros(len(parents), dtype=np.bool_)
+    taken[0] = True
+    for path in range(top):
+        node = _best(parents, gains, taken)
+        if node < 0:
+            break
+        while heirs[node] >= 0:  # to the path's end
+            node = heirs[node]
+        path_lengths[path] = depths[node]
+        while node > 0:
+            taken[node] = True
+            path_tokens[path, depths[node] - 1], path_scores[path, depths[node] - 1] = tokens[node], scores[node]
+            node = parents[node]
+    return path_tokens, path_scores, path_lengths, match
 
 
-@njit(cache=True)
+@_compiled
+def _find(tail, least, longest, enough, pool, starts, lengths, heads, places):
+    """Where the end of `tail` occurred: (pool place of the next token, tokens from there, vote), and the longest match.
+
+    Shorter orders are asked until `enough` places are found: what they add has little say beside a longer match.
+    """
+    nexts = np.empty(CHAIN, dtype=np.int64)
+    rooms = np.empty(CHAIN, dtype=np.int64)
+    matches = np.empty(CHAIN, dtype=np.int64)
+    found = 0
+    unseen = longest  # matches of up to so many tokens have not been seen on a longer order's chain
+    mask = heads.shape[1] - 1
+    for kind in range(len(ORDERS)):
+        if ORDERS[kind] <= min(len(tail), longest):
+            place = heads[kind, _slot(tail, len(tail) - 1, ORDERS[kind], mask)]
+            steps = 0
+            while place >= 0 and steps < CHAIN:
+                sequence, offset = places[place, 0], places[place, 1]
+                room = lengths[sequence] - offset - 1
+                if room > 0:
+                    start = starts[sequence]
+                    match = _match(tail, pool, start, start + offset, longest)
+                    if max(least, ORDERS[kind]) <= match <= unseen and found < CHAIN:
+                        nexts[found], rooms[found], matches[found] = start + offset + 1, room, match
+                        found += 1
+                place = places[place, 2 + kind]
+                steps += 1
+        if found >= enough or ORDERS[kind] <= least:
+            break
+        unseen = ORDERS[kind] - 1
+    best = 0
+    for i in range(found):
+        best = max(best, matches[i])
+    votes = np.empty(found, dtype=np.float64)
+    for i in range(found):
+        votes[i] = max(FLOOR, FADE ** (best - matches[i]))
+    return nexts[:found], rooms[:found], votes, best
+
+
+@_compiled
 def _match(tail, pool, start, at, most):
     """How many tokens before and at pool[at], no further than `start`, are those at the end of `tail`."""
     count = 0
@@ -75,104 +158,64 @@ def _match(tail, pool, start, at, most):
     return count
 
 
-@njit(cache=True)
-def find(tail, least, most, pool, starts, lengths, heads, places):
-    """Where the end of `tail` occurred and what follows lies: (place of the next token, tokens from there, vote).
-
-    Also the longest match. Empty arrays and 0 where nothing matches `least` tokens.
-    """
-    nexts = np.empty(CHAIN, dtype=np.int64)
-    rooms = np.empty(CHAIN, dtype=np.int64)
-    matches = np.empty(CHAIN, dtype=np.int64)
-    found = 0
-    longest = 0
-    mask = heads.shape[1] - 1
-    for kind in range(len(ORDERS)):
-        order = ORDERS[kind]
-        if order > len(tail) or found:
-            continue
-        if order < least:
-            break
-        place = heads[kind, _hash(tail, len(tail) - 1, order, mask)]
-        steps = 0
-        while place >= 0 and steps < CHAIN:
-            sequence, offset = places[place, 0], places[place, 1]
-            start = starts[sequence]
-            room = lengths[sequence] - offset - 1
-            if room > 0:
-                match = _match(tail, pool, start, start + offset, most)
-                if match >= order:
-                    nexts[found], rooms[found], matches[found] = start + offset + 1, room, match
-                    longest = max(longest, match)
-                    found += 1
-            place = places[place, 2 + kind]
-            steps += 1
-    votes = np.empty(found, dtype=np.float32)
-    for i in range(found):
-        votes[i] = max(FLOOR, FADE ** (longest - matches[i]))
-    return nexts[:found], rooms[:found], votes, longest
-
-
-@njit(cache=True)
-def follow(nexts, rooms, votes, begin, most, least, pool):
-    """The path that the votes choose, after the forced tokens `begin`.
-
-    Returns tokens and scores, and for each step the second choice and its score (-1 and 0 without one). Stops after
-    `most` tokens, where no vote is left, or where the score falls under `least`.
-    """
-    tokens = np.empty(most, dtype=np.int32)
-    scores = np.empty(most, dtype=np.float32)
-    others = np.full(most, -1, dtype=np.int32)
-    other_scores = np.zeros(most, dtype=np.float32)
-    live = np.ones(len(nexts), dtype=np.bool_)
-    score = 1.0
-    length = 0
-    while length < most:
-        total, first, first_votes, second, second_votes = _count(nexts, rooms, votes, live, length, pool)
-        if first < 0:
-            break
-        chosen, chosen_votes = first, first_votes
-        if length < len(begin):
-            chosen = begin[length]
-            chosen_votes = _votes_for(chosen, nexts, rooms, votes, live, length, pool)
-        before = score
-        score *= chosen_votes / (total + DOUBT)
-        if score < least:
-            break
-        tokens[length], scores[length] = chosen, score
-        if second >= 0:
-            others[length], other_scores[length] = second, before * second_votes / (total + DOUBT)
-        for i in range(len(nexts)):
-            live[i] = live[i] and rooms[i] > length and pool[nexts[i] + length] == chosen
-        length += 1
-    return tokens[:length], scores[:length], others[:length], other_scores[:length]
-
-
-@njit(cache=True)
-def _votes_for(token, nexts, rooms, votes, live, step, pool):
-    total = 0.0
+@_compiled
+def _tree(nexts, rooms, votes, most, pool):
+    """The continuations as a tree, parents first, 0 its root: tokens, parents, depths and scores of the nodes."""
+    size = 1 + most * len(nexts)
+    tokens = np.empty(size, dtype=np.int32)
+    parents = np.empty(size, dtype=np.int64)
+    depths = np.empty(size, dtype=np.int64)
+    scores = np.zeros(size, dtype=np.float64)  # votes, until all are counted
+    totals = np.zeros(size, dtype=np.float64)  # votes of a node's children
+    children = np.full(size, -1, dtype=np.int64)  # the first one
+    siblings = np.empty(size, dtype=np.int64)  # the next one
+    parents[0], depths[0] = -1, 0
+    count = 1
     for i in range(len(nexts)):
-        if live[i] and rooms[i] > step and pool[nexts[i] + step] == token:
-            total += votes[i]
-    return total
+        node = 0
+        for step in range(min(most, rooms[i])):
+            token = pool[nexts[i] + step]
+            child = children[node]
+            while child >= 0 and tokens[child] != token:
+                child = siblings[child]
+            if child < 0:
+                child = count
+                count += 1
+                tokens[child], parents[child], depths[child] = token, node, step + 1
+                siblings[child], children[node] = children[node], child
+            scores[child] += votes[i]
+            totals[node] += votes[i]
+            node = child
+    scores[0] = 1.0
+    for node in range(1, count):
+        parent = parents[node]
+        scores[node] *= scores[parent] / (totals[parent] + DOUBT)
+    return tokens[:count], parents[:count], depths[:count], scores[:count]
 
 
-@njit(cache=True)
-def _count(nexts, rooms, votes, live, step, pool):
-    """All votes of a step, and the two tokens with most of them; -1 where there is none."""
-    total = 0.0
-    first, first_votes, second, second_votes = -1, 0.0, -1, 0.0
-    for i in range(len(nexts)):
-        if not live[i] or rooms[i] <= step:
+@_compiled
+def _gains(parents, scores, low):
+    """What each node adds with the best path below it: tokens expected to be accepted; and the next node on that path.
+
+    Nodes that score under `low` add nothing.
+    """
+    gains = np.zeros(len(parents), dtype=np.float64)
+    heirs = np.full(len(parents), -1, dtype=np.int64)
+    for node in range(len(parents) - 1, 0, -1):
+        if scores[node] < low:
             continue
-        total += votes[i]
-        token = pool[nexts[i] + step]
-        if token in (first, second):
-            continue
-        mine = _votes_for(token, nexts, rooms, votes, live, step, pool)
-        if mine > first_votes:
-            second, second_votes = first, first_votes
-            first, first_votes = token, mine
-        elif mine > second_votes:
-            second, second_votes = token, mine
-    return total, first, first_votes, second, second_votes
+        gains[node] = scores[node] + (gains[heirs[node]] if heirs[node] >= 0 else 0.0)
+        parent = parents[node]
+        if heirs[parent] < 0 or gains[node] >= gains[heirs[parent]]:  # of equals, the one found first
+            heirs[parent] = node
+    return gains, heirs
+
+
+@_compiled
+def _best(parents, gains, taken):
+    """The node with most to add that is no part of a path yet, but whose parent is; -1 without one."""
+    best, gain = -1, 0.0
+    for node in range(1, len(parents)):
+        if not taken[node] and taken[parents[node]] and gains[node] > gain:
+            best, gain = node, gains[node]
+    return best

@@ -1,6 +1,9 @@
-"""The suffix index against a plain search, on texts short enough for one."""
+"""The suffix index against a naive one, which looks at every place of every sequence."""
 
 from __future__ import annotations
+
+import random
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -9,132 +12,257 @@ from hypothesis import strategies as st
 
 pytest.importorskip("numba")
 
+from seer_async.drafting import matcher
 from seer_async.drafting.index import GroupIndex, Lookup
 
-WIDE = Lookup(max_spec_tokens=4, pattern_lookup_max=32, min_score=0.0)
-TEXT = st.lists(st.integers(0, 3), max_size=14)
+FEW = matcher.CHAIN - 8  # tokens of which every place is looked at
+ALL = Lookup(top_k=1000, min_score=0.0)
+
+tokens = st.integers(0, 3)
+appends = st.lists(st.tuples(st.sampled_from("abc"), st.lists(tokens, max_size=9)), max_size=12)
+lookups = st.builds(
+    Lookup,
+    max_spec_tokens=st.integers(1, 9),
+    pattern_lookup_min=st.integers(1, 8),
+    pattern_lookup_max=st.integers(1, 12),
+    top_k=st.integers(1, 5),
+    min_score=st.sampled_from([0.0, 0.02, 0.2]),
+)
 
 
-def built(sequences, cut=3):
-    """Append the sequences in turns of `cut` tokens, as running siblings do."""
-    index = GroupIndex()
-    for at in range(0, max(map(len, sequences), default=0), cut):
-        for name, tokens in enumerate(sequences):
-            index.extend(str(name), tokens[at : at + cut])
-    return index
+def tail(values):
+    return np.array(values, dtype=np.int32)
 
 
-def propose(index, tail, lookup=WIDE):
-    return index.propose(np.array(tail, dtype=np.int32), lookup)
+def filled(news, **options):
+    """An index and the plain lists of what is in it."""
+    index, sequences = GroupIndex(**options), {}
+    for name, values in news:
+        index.extend(name, values)
+        sequences.setdefault(name, []).extend(values)
+    return index, sequences
 
 
-def occurrences(sequences, tail):
-    """Longest match of the end of `tail` that something follows, and what follows each such place."""
-    longest, follows = 0, []
-    for tokens in sequences:
-        for end in range(len(tokens) - 1):
-            match = 0
-            while match < min(end + 1, len(tail)) and tokens[end - match] == tail[-1 - match]:
-                match += 1
-            if match > longest:
-                longest, follows = match, []
-            if match and match == longest:
-                follows.append(tokens[end + 1 :])
-    return longest, follows
+class Naive:
+    """What `propose` is meant to know: every continuation, with its votes."""
+
+    def __init__(self, sequences, text, lookup):
+        self.found = self._find([values for values in sequences.values() if values], text, lookup)
+        self.match = max((match for match, _ in self.found), default=0)
+        self.votes = [
+            (max(matcher.FLOOR, matcher.FADE ** (self.match - match)), tuple(after[: lookup.max_spec_tokens]))
+            for match, after in self.found
+        ]
+        self.low = lookup.min_score
+
+    @staticmethod
+    def _find(sequences, text, lookup):
+        places = [(values, end) for values in sequences for end in range(1, len(values))]
+        matches = [(common_end(values[:end], text, lookup.pattern_lookup_max), values[end:]) for values, end in places]
+        found, unseen = [], lookup.pattern_lookup_max
+        for order in matcher.ORDERS:
+            if order <= lookup.pattern_lookup_max:
+                least = max(order, lookup.pattern_lookup_min)
+                found += [each for each in matches if least <= each[0] <= unseen]
+            if len(found) >= lookup.top_k or order <= lookup.pattern_lookup_min:
+                break
+            unseen = order - 1
+        return found
+
+    def score(self, path):
+        score = 1.0
+        for length in range(len(path)):
+            going_on = [vote for vote, after in self.votes if len(after) > length and after[:length] == path[:length]]
+            agreeing = [vote for vote, after in self.votes if after[: length + 1] == path[: length + 1]]
+            score *= sum(agreeing) / (sum(going_on) + matcher.DOUBT)
+        return score
+
+    def gains(self, count):
+        """The expected tokens that each of the best `count` paths adds to those before it."""
+        nodes = {after[: i + 1] for _, after in self.votes for i in range(len(after))}
+        scores = {node: self.score(node) for node in nodes if self.score(node) >= self.low}
+        chains = []
+
+        def gain(node):
+            below = sorted((gain(other) for other in scores if other[:-1] == node), reverse=True)
+            chains.extend(below[1:])
+            return scores.get(node, 0.0) + (below[0] if below else 0.0)
+
+        chains.append(gain(()))
+        return sorted((chain for chain in chains if chain), reverse=True)[:count]
 
 
-@settings(max_examples=400, deadline=None)
-@given(st.lists(TEXT, max_size=3), st.lists(st.integers(0, 3), min_size=1, max_size=8), st.integers(1, 5))
-def test_it_finds_the_longest_match_and_says_what_followed(sequences, tail, cut):
-    longest, follows = occurrences(sequences, tail)
-    paths = propose(built(sequences, cut), tail)
-    if not longest:
-        assert paths == []
-        return
-    (path,) = paths
-    assert path.match == longest
-    assert len(path.tokens) == len(path.scores) <= 4
-    assert path.tokens[0] in {follow[0] for sequence in sequences for follow in starts(sequence, tail)}
-    assert all(0 < b <= a < 1 for a, b in zip(path.scores, path.scores[1:], strict=False))
-    assert any(contains(sequence, path.tokens) for sequence in sequences), "a draft stays within one sequence"
-    if len({follow[0] for follow in follows}) == 1 and len(follows) >= len(list(all_starts(sequences, tail))):
-        assert path.tokens[0] == follows[0][0]
+def common_end(left, right, most):
+    count = 0
+    while count < min(most, len(left), len(right)) and left[-1 - count] == right[-1 - count]:
+        count += 1
+    return count
 
 
-def starts(tokens, tail):
-    """What follows each place where at least the last token of `tail` occurred."""
-    return [tokens[i + 1 :] for i in range(len(tokens) - 1) if tokens[i] == tail[-1]]
+def added(paths):
+    """The expected tokens that each path adds to those before it."""
+    seen, gains = set(), []
+    for path in paths:
+        nodes = {tuple(path.tokens[: i + 1]): score for i, score in enumerate(path.scores)}
+        gains.append(sum(score for node, score in nodes.items() if node not in seen))
+        seen |= nodes.keys()
+    return gains
 
 
-def all_starts(sequences, tail):
-    return (follow for sequence in sequences for follow in starts(sequence, tail))
+def few(news):
+    kept, count = [], 0
+    for name, values in news:
+        kept.append((name, values[: FEW - count]))
+        count += len(kept[-1][1])
+    return kept
 
 
-def contains(tokens, part):
-    return any(tokens[i : i + len(part)] == part for i in range(len(tokens) - len(part) + 1))
+class TestAgainstNaive:
+    @settings(max_examples=400, deadline=None)
+    @given(appends.map(few), st.lists(tokens, max_size=14), lookups)
+    def test_it_proposes_the_same(self, news, text, lookup):
+        index, sequences = filled(news)
+        naive = Naive(sequences, text, lookup)
+        paths = index.propose(tail(text), lookup)
+        assert added(paths) == pytest.approx(naive.gains(lookup.top_k))
+        for path in paths:
+            assert path.match == naive.match
+            starts = [tuple(path.tokens[: i + 1]) for i in range(len(path.tokens))]
+            assert path.scores == pytest.approx([naive.score(start) for start in starts])
+
+    @settings(max_examples=200, deadline=None)
+    @given(appends.map(few), st.lists(tokens, max_size=14), lookups)
+    def test_looking_meanwhile_changes_nothing(self, news, text, lookup):
+        index, other = GroupIndex(), GroupIndex()
+        for name, values in news:
+            index.extend(name, values)
+            other.extend(name, tail(values))
+            other.propose(tail(text), lookup)
+        assert index.propose(tail(text), lookup) == other.propose(tail(text), lookup)
+
+    @settings(max_examples=100, deadline=None)
+    @given(st.randoms(use_true_random=False), lookups)
+    def test_with_many_tokens_each_path_still_occurs(self, rng, lookup):
+        news = [(rng.choice("abcdef"), [rng.randrange(5) for _ in range(rng.randrange(20))]) for _ in range(300)]
+        index, sequences = filled(news)
+        text = max(sequences.values(), key=len)[-rng.randrange(1, 12) :]
+        paths = index.propose(tail(text), lookup)
+        gains = added(paths)
+        assert gains == sorted(gains, reverse=True)
+        assert len({tuple(path.tokens) for path in paths}) == len(paths) <= lookup.top_k
+        for path in paths:
+            assert 1 <= len(path.tokens) == len(path.scores) <= lookup.max_spec_tokens
+            assert all(later <= score for score, later in pairwise((1.0, *path.scores)))
+            assert path.scores[-1] >= lookup.min_score
+            assert lookup.pattern_lookup_min <= path.match <= lookup.pattern_lookup_max
+            whole = text[len(text) - lookup.pattern_lookup_min :] + path.tokens
+            assert any(occurs(whole, values) for values in sequences.values())
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.lists(TEXT, min_size=1, max_size=3), st.lists(st.integers(0, 3), min_size=1, max_size=5))
-def test_paths_differ_and_the_likelier_ones_come_first(sequences, tail):
-    paths = propose(built(sequences), tail, Lookup(max_spec_tokens=4, top_k=4, min_score=0.01))
-    assert len(paths) <= 4
-    assert len({tuple(path.tokens) for path in paths}) == len(paths)
-    assert all(path.tokens for path in paths)
+def occurs(part, values):
+    return any(values[at : at + len(part)] == part for at in range(len(values)))
 
 
-def test_the_end_of_a_sequence_does_not_match_itself():
-    index = built([[1, 2, 3, 4]])
-    assert propose(index, [1, 2, 3, 4]) == []
-    assert propose(index, [9, 2])[0].tokens == [3, 4]
+class TestBorders:
+    def test_a_match_does_not_run_over_the_border_of_two_sequences(self):
+        index, _ = filled([("a", [1, 2]), ("b", [3, 4, 5])])
+        assert [(path.tokens, path.match) for path in index.propose(tail([1, 2, 3]), ALL)] == [([4, 5], 1)]
+        assert index.propose(tail([1, 2]), ALL) == []
+
+    def test_a_path_ends_with_its_sequence(self):
+        index, _ = filled([("a", [1, 2]), ("b", [2, 3]), ("a", [4])])
+        assert [path.tokens for path in index.propose(tail([1]), ALL)] == [[2, 4]]
+
+    def test_the_end_of_a_text_is_no_match_for_itself(self):
+        index, _ = filled([("a", [5, 6, 7])])
+        assert index.propose(tail([5, 6, 7]), ALL) == []
+        index.extend("a", [5, 6])
+        assert [(path.tokens, path.match) for path in index.propose(tail([6, 7, 5, 6]), ALL)] == [([7, 5, 6], 2)]
+
+    @pytest.mark.parametrize("text", [[], [9], [9, 9, 9, 9, 9, 9, 9, 9]])
+    def test_what_never_occurred_has_no_continuation(self, text):
+        index, _ = filled([("a", [1, 2, 3])])
+        assert index.propose(tail(text), ALL) == []
+        assert GroupIndex().propose(tail(text), ALL) == []
+
+    def test_a_least_match_between_two_orders_is_kept_to(self):
+        index, _ = filled([("a", [1, 2, 3, 4, 9]), ("b", [7, 2, 3, 4, 8])])
+        lookup = Lookup(pattern_lookup_min=4, top_k=5)
+        assert [path.tokens for path in index.propose(tail([1, 2, 3, 4]), lookup)] == [[9]]
 
 
-def test_matches_do_not_run_from_one_sequence_into_the_next():
-    index = GroupIndex()
-    index.extend("a", [1, 2, 3])
-    index.extend("b", [4, 5, 6])
-    assert propose(index, [3]) == []
-    assert propose(index, [3, 4])[0].match == 1
+class TestVotes:
+    def test_the_continuation_of_most_siblings_comes_first(self):
+        index, _ = filled([("a", [1, 2, 3]), ("b", [1, 2, 4]), ("c", [1, 2, 4])])
+        paths = index.propose(tail([1, 2]), Lookup(top_k=2))
+        assert [path.tokens for path in paths] == [[4], [3]]
+        assert paths[0].scores[0] > paths[1].scores[0]
+
+    def test_a_longer_match_outweighs_two_shorter_ones(self):
+        long = list(range(10, 20))
+        index, _ = filled([("a", [*long, 3]), ("b", [0, *long[3:], 4]), ("c", [0, *long[3:], 4])])
+        assert index.propose(tail(long), Lookup(top_k=2))[0].tokens == [3]
+
+    def test_more_witnesses_are_worth_more(self):
+        scores = []
+        for witnesses in (1, 2, 8):
+            index, _ = filled([(str(i), [1, 2, 3]) for i in range(witnesses)])
+            scores.append(index.propose(tail([1, 2]), Lookup())[0].scores[0])
+        assert scores == sorted(scores)
+        assert scores[0] < 0.7
+        assert scores[-1] > 0.9
 
 
-def test_the_majority_wins_and_longer_matches_speak_louder():
-    index = built([[7, 1, 5], [8, 1, 5], [9, 1, 6]])
-    assert propose(index, [0, 1])[0].tokens == [5]
-    assert propose(index, [9, 1])[0].tokens == [6]
+class TestGrowth:
+    def test_every_place_is_found_however_large_the_index_has_become(self):
+        rng = random.Random(0)
+        news, sequences = [], {}
+        for _ in range(6000):
+            name, values = rng.choice("abcdefgh"), [rng.randrange(32000) for _ in range(rng.randrange(1, 8))]
+            news.append((name, values))
+        index, sequences = filled(news)
+        index.extend("long", long := [rng.randrange(32000) for _ in range(30000)])
+        sequences["long"] = long
+        for values in sequences.values():
+            for at in rng.sample(range(32, len(values) - 8), 200):
+                path = index.propose(tail(values[at - 32 : at]), Lookup())[0]
+                assert (path.tokens, path.match) == (values[at : at + 8], 32)
+
+    def test_memory_is_bounded_and_nothing_is_taken_in_behind_a_gap(self):
+        index, _ = filled([("a", [1, 2, 3, 4, 5, 6]), ("b", [7, 8, 9]), ("b", [5]), ("a", [6])], max_tokens=8)
+        assert index.tokens == 8
+        assert index.propose(tail([8]), ALL) == []
+        assert [path.tokens for path in index.propose(tail([7]), ALL)] == [[8]]
+
+    @pytest.mark.parametrize("length", [1, 4, 1000])
+    def test_memory_grows_with_the_tokens_alone(self, length):
+        rng = random.Random(0)
+        index = GroupIndex()
+        for number in range(20000 // length):
+            index.extend(str(number), [rng.randrange(100) for _ in range(length)])
+        index.propose(tail([1]), Lookup())
+        rooms = 320 * max(1, 20000 // length)
+        assert index.nbytes <= 120 * index.tokens + rooms + 100_000
 
 
-def test_two_witnesses_are_worth_more_than_one():
-    one = propose(built([[7, 1, 5]]), [1])[0].scores[0]
-    two = propose(built([[7, 1, 5], [8, 1, 5]]), [1])[0].scores[0]
-    assert 0 < one < two < 1
+class TestCompiling:
+    def test_after_the_warm_up_no_call_has_to_be_compiled(self):
+        GroupIndex.warm_up()
+        compiled = [len(loop.signatures) for loop in (matcher.append, matcher.propose)]
+        index, _ = filled([("a", range(5000)), ("b", np.arange(5000, dtype=np.int64)), ("c", [1, 2, 3])])
+        text = np.arange(8, dtype=np.int32)
+        text.flags.writeable = False
+        for other in (text, text[::2], text.astype(np.int64), text[:0]):
+            index.propose(other, Lookup(min_score=0, top_k=3))
+        assert compiled == [1, 1] == [len(loop.signatures) for loop in (matcher.append, matcher.propose)]
 
+    def test_without_a_folder_for_the_cache_it_compiles_all_the_same(self, monkeypatch):
+        plain = matcher.njit
 
-def test_limits_are_kept():
-    index = built([list(range(50)) * 2])
-    tail = list(range(20))
-    assert propose(index, tail, Lookup(max_spec_tokens=7))[0].tokens == list(range(20, 27))
-    assert propose(index, tail, Lookup(pattern_lookup_max=5))[0].match == 5
-    assert propose(index, [99, 3], Lookup(pattern_lookup_min=2)) == []
-    assert propose(index, tail, Lookup(min_score=0.99)) == []
+        def njit(*args, **options):
+            if options.get("cache"):
+                raise RuntimeError("cannot cache function: no locator available")
+            return plain(*args, **options)
 
-
-def test_it_grows_without_losing_anything():
-    rng = np.random.default_rng(0)
-    texts = rng.integers(0, 30_000, (20, 3000)).astype(np.int32)
-    index = GroupIndex()
-    for at in range(0, 3000, 250):
-        for name, text in enumerate(texts):
-            index.extend(str(name), text[at : at + 250])
-            index.propose(text[:5], WIDE)
-    assert index.tokens == texts.size
-    for name in (0, 7, 19):
-        for at in (40, 1500, 2990):
-            assert index.propose(texts[name, at - 32 : at], WIDE)[0].tokens == texts[name, at : at + 4].tolist()
-
-
-def test_a_full_group_takes_nothing_more_in():
-    index = GroupIndex(max_tokens=10)
-    index.extend("a", list(range(8)))
-    index.extend("b", [1, 2, 3])
-    assert index.tokens == 8
-    assert propose(index, [0, 1, 2])[0].tokens == [3, 4, 5, 6]
+        monkeypatch.setattr(matcher, "njit", njit)
+        assert matcher._compiled(lambda x: x + 1)(1) == 2
