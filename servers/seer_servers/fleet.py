@@ -230,14 +230,17 @@ class LocalFleet:
             if service:
                 await service.start()
         news = asyncio.create_task(self._tell_progress())
+        failure: FleetError | None = None
         try:
             async with asyncio.TaskGroup() as group:
                 for engine in self.engines:
                     group.create_task(self._start_one(engine))
         except* FleetError as errors:
-            raise errors.exceptions[0] from None
+            failure = _first(errors)
         finally:
             news.cancel()
+        if failure is not None:  # raised here, because early Pythons 3.11 wrap what is raised in an except* in a group
+            raise failure
 
     async def _start_one(self, engine: LocalEngine) -> None:
         started = time.monotonic()
@@ -277,6 +280,14 @@ class LocalFleet:
         for service in (self.drafts, self.pool):
             if service:
                 await service.stop()
+
+
+def _first(errors: BaseExceptionGroup[FleetError]) -> FleetError:
+    error: BaseException = errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, FleetError)
+    return error
 
 
 def _draft_service(run_dir: Path) -> DraftService:
