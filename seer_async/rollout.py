@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 _TOKENIZE_AT_ONCE = 32
 _TOKENIZE_TIMEOUT_S = 60.0
 _FLUSH_S = 10.0
+_KEEP_ALIVE_S = 2.0  # vLLM's server closes idle connections after 5 s; a call sent on one that is closing is lost
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
@@ -184,7 +185,7 @@ async def open_fleet(config: Config, urls: Sequence[str]) -> AsyncIterator[Fleet
             raise UsageError(
                 f"engine.api_key_env names {config.engine.api_key_env}, which is not set in the environment"
             )
-    connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=300)
+    connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=300, keepalive_timeout=_KEEP_ALIVE_S)
     async with aiohttp.ClientSession(connector=connector, auto_decompress=False, read_bufsize=1 << 18) as session:
         yield Fleet({f"engine-{i}": EngineClient(url, session, api_key=key) for i, url in enumerate(urls)}, config)
 

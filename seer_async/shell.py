@@ -224,8 +224,8 @@ class Shell:
     # Engines
 
     async def _monitor(self, name: str) -> None:
-        """Follow one engine through its epochs, for ever."""
-        while True:
+        """Follow one engine through its epochs, to the end of the rollout."""
+        while not self._stopped.done():
             if not self._core.instances[name].up:
                 await self._attach(name)
             reason = await self._follow(name)
@@ -263,7 +263,8 @@ class Shell:
                     return "the engine was restarted"
                 self.post(EngineReport(engine=name, stats=stats))
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(suspect.wait(), engine.telemetry_s)
+                async with asyncio.timeout(engine.telemetry_s):  # wait_for may lose a cancellation before Python 3.12
+                    await suspect.wait()
 
     # Observation
 

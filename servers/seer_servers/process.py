@@ -73,7 +73,8 @@ class Process:
         if self._child.stdin:
             self._child.stdin.close()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._child.wait(), GRACE_S + 2 * POLL_S)
+            async with asyncio.timeout(GRACE_S + 2 * POLL_S):
+                await self._child.wait()
         self.kill()
         await self._child.wait()
 

@@ -112,9 +112,10 @@ async def test_a_request_may_stay_out_of_the_pool(engines: list[EngineClient]) -
         lambda file: file.write_bytes(bytes(reversed(file.read_bytes()))),
         lambda file: file.write_bytes(file.read_bytes()[:1000]),
         lambda file: file.write_bytes(file.read_bytes()[:-1] + b"x"),
+        lambda file: file.write_bytes(b"\xff" * file.stat().st_size),
         lambda file: file.unlink(),
     ],
-    ids=["garbage", "cut short", "last byte", "gone"],
+    ids=["garbage", "cut short", "last byte", "not a number", "gone"],
 )
 async def test_spoilt_blocks_are_computed_again(
     engines: list[EngineClient], pool: ShmPool, spoil: Callable[[Path], None]

@@ -91,6 +91,8 @@ def test_a_bad_block_and_all_after_it_are_reported(store: Store, memory: Memory)
     other.load(Plan([Load("r", [(10 + number, block(number)) for number in range(4)]), Load("s", [(20, block(3))])]))
     other.close()
     assert other.take_results() == ({"r", "s"}, {11, 12, 13})
+    assert memory.blocks[10] == memory.blocks[0]
+    assert memory.blocks[11:14] == [bytes(64)] * 3, "no garbage stays where attention may look"
     assert ledger.engine("engine")["failures"] == 3
 
 

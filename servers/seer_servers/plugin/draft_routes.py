@@ -44,10 +44,11 @@ class UpdateBody(BaseModel):
 
 
 class ConfigBody(BaseModel):
-    """Settings to change; what is left out stays."""
+    """Settings to change; what is left out stays. Without `adaptive`, drafts are verified whether they gain or not."""
 
     model_config = ConfigDict(extra="forbid")
     enabled: bool | None = None
+    adaptive: bool | None = None
     max_spec_tokens: Annotated[int, Field(ge=1, le=64)] | None = None
     pattern_lookup_min: Annotated[int, Field(ge=1, le=64)] | None = None
     pattern_lookup_max: Annotated[int, Field(ge=1, le=64)] | None = None

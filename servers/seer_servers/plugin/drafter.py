@@ -80,6 +80,7 @@ class GroupedDrafter:
         self._most: int = vllm_config.speculative_config.num_speculative_tokens
         self.lookup = Lookup(max_spec_tokens=self._most)
         self.enabled = True
+        self.adaptive = True  # the budget decides; else all that the index finds is drafted
         self.groups = Groups()
         self.acceptance = Acceptance()
         self.budget = Budget(StepTime())
@@ -99,9 +100,9 @@ class GroupedDrafter:
 
     def settings(self) -> dict[str, Any]:
         """What `configure` can change."""
-        return {"enabled": self.enabled} | {name: getattr(self.lookup, name) for name in SETTINGS}
+        return {"enabled": self.enabled, "adaptive": self.adaptive} | {name: getattr(self.lookup, name) for name in SETTINGS}
 
-    def configure(self, *, enabled: bool | None = None, **lookup: Any) -> None:
+    def configure(self, *, enabled: bool | None = None, adaptive: bool | None = None, **lookup: Any) -> None:
         """Change settings; raises ValueError if they do not fit, and then changes none."""
         new = msgspec.structs.replace(self.lookup, **lookup)
         if new.max_spec_tokens > self._most:
@@ -110,6 +111,7 @@ class GroupedDrafter:
             raise ValueError("pattern_lookup_min is above pattern_lookup_max.")
         self.lookup = new
         self.enabled = self.enabled if enabled is None else enabled
+        self.adaptive = self.adaptive if adaptive is None else adaptive
 
     def profile(self, runner: Any) -> None:
         """Time the model on steps of several sizes: what the cost model starts from."""
@@ -143,7 +145,7 @@ class GroupedDrafter:
         self._learn_time(start, batch)
         self._take_in(batch, sampled_token_ids, token_ids_cpu)
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
-        if self.enabled and self.budget.wants_drafts():
+        if self.enabled and (self.budget.wants_drafts() or not self.adaptive):
             self._draft(batch, token_ids_cpu, drafts)
         self.stats.step(time.perf_counter() - start, off=self.budget.off, switch_offs=self.budget.switch_offs)
         if self.stats.steps % SWEEP_EVERY == 0:
@@ -199,6 +201,8 @@ class GroupedDrafter:
         found = [self._propose(decoding, tokens) for decoding in batch]
         survival = [self.acceptance.survival(path.match, path.scores) if path else [] for path in found]
         counts = self.budget.allot(survival, [decoding.row.weight for decoding in batch])
+        if not self.adaptive:
+            counts = [len(path) for path in survival]
         for (place, row, _), path, count in zip(batch, found, counts, strict=True):
             if path and count:
                 row.path = path

@@ -1,8 +1,8 @@
 """The connector in vLLM's workers: moves blocks between the engine's KV cache and the pool.
 
 Invariants: what is saved is read after the forward that computed it and before the next one can overwrite it; a load
-that goes wrong is reported with every block that was not filled, and vLLM computes them; every load that was begun is
-reported exactly once; nothing in here raises into a step.
+that goes wrong is reported with every block that was not filled, each of which then holds zeros, and vLLM computes
+them; every load that was begun is reported exactly once; nothing in here raises into a step.
 """
 
 from __future__ import annotations
@@ -130,13 +130,19 @@ class WorkerSide:
             self._loaded.add(load.request)
 
     def _fill(self, load: Load) -> int:
-        """Fill the cache up to the first block that cannot be had; returns how many those are."""
+        """Fill the cache up to the first block that cannot be had; returns how many those are.
+
+        The others become zeros. Attention reads a whole block and gives what lies behind a sequence's end the weight
+        nought, but nought times what is not a number is not a number: no garbage may stay there.
+        """
         staged = self._cache.fill([place for place, _ in load.blocks])
         filled = 0
         for (_, block), parts in zip(load.blocks, staged.parts, strict=True):
             if not self._store.read(block._replace(rank=self._rank), parts):
                 break
             filled += 1
+        for parts in staged.parts[filled:]:
+            _clear(parts)
         staged.settle()
         return filled
 
@@ -169,6 +175,11 @@ class WorkerSide:
         if why not in self._warned:
             self._warned.add(why)
             logger.warning("The KV pool does not take blocks now (%s); requests that move are computed again.", why)
+
+
+def _clear(parts: Sequence[memoryview]) -> None:
+    for part in parts:
+        part[:] = bytes(part.nbytes)
 
 
 def _run(pool: ThreadPoolExecutor | None, work: Callable[..., None], *arguments: object) -> None:
