@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from seer_async.request import TERMINAL, State
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from seer_async.policies import Policy
     from seer_async.request import Group, Request
@@ -27,10 +27,11 @@ class RequestBuffer:
         self.counts: dict[State, int] = dict.fromkeys(State, 0)
         self._parked: dict[str, Request] = {}
 
-    def add(self, group: Group) -> None:
-        """Take in a group; its requests wait."""
+    def add(self, group: Group, requests: Sequence[Request]) -> None:
+        """Take in a group, or more requests of one; they wait."""
         self.groups[group.id] = group
-        for request in group.requests:
+        for request in requests:
+            group.requests.append(request)
             self.requests[request.id] = request
             self.counts[request.state] += 1
             request.ticket += 1
@@ -60,6 +61,14 @@ class RequestBuffer:
         assert state in TERMINAL
         self._move(request, state)
 
+    def forget(self, group: Group) -> None:
+        """Drop a group that has ended, and its requests; only the counts remember them."""
+        assert all(request.state in TERMINAL for request in group.requests)
+        del self.groups[group.id]
+        for request in group.requests:
+            del self.requests[request.id]
+        self._policy.forget(group)
+
     def _move(self, request: Request, state: State) -> None:
         before = request.state
         assert before not in TERMINAL, f"{request.id} is {before} and cannot become {state}"
@@ -84,9 +93,14 @@ class RequestBuffer:
         return sum(self.counts[state] for state in TERMINAL)
 
     @property
+    def total(self) -> int:
+        """Requests that ever were."""
+        return sum(self.counts.values())
+
+    @property
     def open(self) -> int:
-        """Requests that are not."""
-        return len(self.requests) - self.ended
+        """Requests that have not ended."""
+        return self.total - self.ended
 
     def unfinished(self) -> list[Request]:
         """Requests still to be finished, in dataset order."""

@@ -32,6 +32,11 @@ class Context:
         group = request.group
         self._finished[group] = max(request.generated, self._finished.get(group, 0))
 
+    def forget(self, group: Group) -> None:
+        """Nothing will be asked about the group any more."""
+        self._finished.pop(group, None)
+        self._generated.pop(group, None)
+
     def known(self, group: Group) -> bool:
         """Whether any response of the group has finished."""
         return group in self._finished

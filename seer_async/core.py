@@ -27,21 +27,28 @@ from seer_async.events import (
     Dispatch,
     DrainRequested,
     Emit,
+    EngineAdded,
     EngineDown,
+    EngineRemoved,
     EngineReport,
     EngineUp,
     Event,
     GroupAdded,
     InputClosed,
+    Paused,
     Record,
+    RequestsCancelled,
     Restored,
+    Resumed,
     Stop,
+    VersionSet,
     Wake,
     Woke,
 )
 from seer_async.instance import Instance
+from seer_async.options import GroupOptions
 from seer_async.policies import find_policy
-from seer_async.request import Group, Request, State
+from seer_async.request import TERMINAL, Group, Request, State
 from seer_async.sampling import call_params, mix_seed
 from seer_async.text import TextStream, whole_text
 from seer_async.types import Chunk, ChunkReply
@@ -53,6 +60,7 @@ if TYPE_CHECKING:
 
     from seer_async.config import Config
 
+NO_ENGINE = "no usable engine"  # begins the error of a request that a lasting core gives up
 _BUSY_WAIT_S = 1.0  # when an engine says it is busy but not for how long
 _TAIL = 0.1  # the last tenth of the requests
 _MOST_SKIPPED = 8  # requests set aside in one cycle because the only engines that may take them are full
@@ -77,6 +85,10 @@ class Core:
 
     `run` names the run; `tokenizer` decides text and stop strings (None: no text); `lengths` are true lengths
     by request id, for policies that need them. Feed events to `handle` and execute what it returns, in order.
+
+    A core that is `lasting` serves groups that come and go: it forgets those that have ended, fails requests for which
+    there is no engine instead of stopping, and samples from one weight version at a time, the latest it has heard of
+    from a running engine; an engine that has another one, as after a restart, gets nothing.
     """
 
     def __init__(
@@ -88,8 +100,12 @@ class Core:
         seed: int,
         tokenizer: Tokenizer | None = None,
         lengths: Mapping[str, int] | None = None,
+        lasting: bool = False,
     ) -> None:
         self.config = config
+        self.lasting = lasting
+        self.version: str | None = None  # what is sampled from, in a core that lasts
+        self.paused = False
         self.run = run
         self.seed = seed
         self.context = Context()
@@ -104,8 +120,9 @@ class Core:
         self.migrations = 0
         self.pooled = 0  # tokens of prefixes that engines loaded from a KV pool, by their own account
         self.restarts = 0
+        self._options = GroupOptions.of(config)
         self._tokenizer = tokenizer
-        self._next_call = 0
+        self._next_call = self._next_group = 0
         self._input_closed = False
         self._idle_since: float | None = None  # requests are open, and nothing is in flight
         self._woken_at: float | None = None
@@ -127,7 +144,7 @@ class Core:
             self._settle()
         return self._out
 
-    def _take(self, event: Event) -> None:  # noqa: C901 - one arm for each event
+    def _take(self, event: Event) -> None:  # noqa: C901, PLR0912 - one arm for each event
         match event:
             case ChunkFinished():
                 self._chunk_finished(event)
@@ -143,6 +160,18 @@ class Core:
                 self._engine_up(event)
             case EngineDown():
                 self._engine_down(event.engine, event.reason)
+            case RequestsCancelled():
+                self._give_up(event)
+            case EngineAdded():
+                self.instances[event.engine] = Instance(event.engine, self.config.engine)
+            case EngineRemoved():
+                self._engine_down(event.engine, "removed")
+                del self.instances[event.engine]
+            case VersionSet():
+                self._set_version(event.version)
+            case Paused() | Resumed():
+                self.paused = isinstance(event, Paused)
+                self._idle_since = None
             case DrainRequested():
                 self.closing = self.closing or "drained"
             case AbortRequested():
@@ -157,13 +186,30 @@ class Core:
     # Prompts in
 
     def _add(self, event: GroupAdded) -> None:
-        assert event.prompt.id not in self.buffer.groups, f"group {event.prompt.id} is added twice"
-        group = Group(event.prompt, len(self.buffer.groups), event.limit)
-        for index in range(event.n):
-            forced = event.forced_lengths[index] if event.forced_lengths else None
-            seed = mix_seed(self.seed, _digest(group.id), index)
-            group.requests.append(Request(group, index, seed, self._now, forced))
-        self.buffer.add(group)
+        group = self.buffer.groups.get(event.prompt.id)
+        assert group is None or self.lasting, f"group {event.prompt.id} is added twice"
+        if group is None:
+            group = Group(event.prompt, self._next_group, event.limit, event.options or self._options)
+            self._next_group += 1
+        first = len(group.requests)
+        requests = []
+        for number in range(event.n):
+            forced = event.forced_lengths[number] if event.forced_lengths else None
+            seed = event.seeds[number] if event.seeds else mix_seed(self.seed, _digest(group.id), first + number)
+            requests.append(Request(group, first + number, seed, self._now, forced))
+        self.buffer.add(group, requests)
+
+    def _give_up(self, event: RequestsCancelled) -> None:
+        for name in event.requests:
+            request = self.buffer.requests.get(name)
+            if request is None or request.state in TERMINAL:
+                continue
+            if request.call is not None:
+                call = self.calls[request.call]
+                self._out.append(Cancel(call=call.id, engine=call.instance.name))
+                self._close(call.id)
+            request.finish_reason = "abort"
+            self._end(request, State.UNFINISHED)
 
     def _restore(self, event: Restored) -> None:
         record = event.record
@@ -196,6 +242,7 @@ class Core:
         if instance.up:
             self._engine_down(event.engine, "restarted")
         instance.start_epoch(event.info)
+        self.version = self.version or instance.version
         self.buffer.unpark()
 
     def _engine_down(self, name: str, reason: str) -> None:
@@ -212,7 +259,11 @@ class Core:
         version = event.stats.weight_version
         if version is not None and version != instance.version:
             instance.version = version
-            self.buffer.unpark()
+            self._set_version(version)
+
+    def _set_version(self, version: str) -> None:
+        self.version = version
+        self.buffer.unpark()
 
     # Replies
 
@@ -251,7 +302,7 @@ class Core:
             self._put_back(request)
             return
         version, mixed = self._version_of(call, reply)
-        if mixed and self.config.rollout.mixed_versions == "restart":
+        if mixed and request.group.options.mixed_versions == "restart":
             self._restart(request)
             return
         reply, stop = self._cut_at_stop(request, reply)
@@ -293,31 +344,27 @@ class Core:
         last = versions[-1]
         if last != call.weight_version == call.instance.version:  # the reply knows before the telemetry does
             call.instance.version = last
-            self.buffer.unpark()
+            self._set_version(last)
         before = call.request.version or versions[0]
         return last, any(version != before for version in versions)
 
     def _cut_at_stop(self, request: Request, reply: ChunkReply) -> tuple[ChunkReply, tuple[str, str] | None]:
         """The reply up to the token that completes a stop string, if one does."""
-        sampling = self.config.sampling
-        if not sampling.stop or self._tokenizer is None:
+        if not request.group.options.sampling.stop or self._tokenizer is None:
             return reply, None
         if request.text is None:
             request.text = self._replayed(request)
-        if (match := request.text.push(self._shown(reply))) is None:
+        if (match := request.text.push(_shown(request, reply))) is None:
             return reply, None
         kept = match.tokens - request.generated
         return _truncated(reply, kept), ("stop", match.stop)
 
     def _replayed(self, request: Request) -> TextStream:
         assert self._tokenizer is not None
-        stream = TextStream(self._tokenizer, self.config.sampling, request.group.prompt.token_ids or [])
+        group = request.group
+        stream = TextStream(self._tokenizer, group.options.sampling, group.prompt.token_ids or [])
         stream.push(request.tokens)
         return stream
-
-    def _shown(self, reply: ChunkReply) -> list[int]:
-        hidden = _ended_by_token(reply) and not self.config.sampling.include_stop_str_in_output
-        return reply.token_ids[:-1] if hidden else reply.token_ids
 
     def _ending(self, request: Request, reply: ChunkReply) -> tuple[str | None, int | str | None]:
         """Finish reason and stop reason, or None and None while the response goes on.
@@ -355,22 +402,26 @@ class Core:
 
     def _fail(self, request: Request, error: str) -> None:
         request.finish_reason, request.error = "error", error
-        self.buffer.end(request, State.FAILED)
-        self._emit(request)
+        self._end(request, State.FAILED)
 
     def _finish(self, request: Request, *, emit: bool = True) -> None:
         self.context.finish(request)
         self.policy.learned(request)
-        self.buffer.end(request, State.DONE)
+        self._end(request, State.DONE, emit=emit)
+
+    def _end(self, request: Request, state: State, *, emit: bool = True) -> None:
+        self.buffer.end(request, state)
         if emit:
             self._emit(request)
-        else:
-            request.drop_tokens()
+        request.drop_tokens()
+        group = request.group
+        if self.lasting and all(each.state in TERMINAL for each in group.requests):
+            self.buffer.forget(group)
+            self.context.forget(group)
 
     def _emit(self, request: Request) -> None:
         sample = request.sample(run=self.run, now=self._now, text=self._text(request), on_policy=self.policy.unbiased)
         self._out.append(Emit(sample=sample))
-        request.drop_tokens()
 
     def _text(self, request: Request) -> str | None:
         if self._tokenizer is None:
@@ -378,14 +429,14 @@ class Core:
         if request.text is not None:
             return request.text.text
         ended_by_token = request.finish_reason == "stop" and not isinstance(request.stop_reason, str)
-        prompt = request.group.prompt.token_ids or []
-        return whole_text(self._tokenizer, self.config.sampling, prompt, request.tokens, ended_by_token=ended_by_token)
+        prompt, sampling = request.group.prompt.token_ids or [], request.group.options.sampling
+        return whole_text(self._tokenizer, sampling, prompt, request.tokens, ended_by_token=ended_by_token)
 
     # Scheduling
 
     def _schedule(self) -> None:
         usable = sum(instance.usable(self._now) for instance in self.instances.values())
-        if self.closing or not usable:
+        if self.closing or self.paused or not usable:
             return
         skipped: list[Request] = []
         while (request := self.policy.choose()) is not None:
@@ -415,25 +466,35 @@ class Core:
         return [instance for instance in fit if instance.name != request.avoid] or fit
 
     def _version_fits(self, request: Request, instance: Instance) -> bool:
+        if self.lasting and instance.version != self.version:
+            return False
         return (
             request.version is None
             or request.version == instance.version
-            or self.config.rollout.mixed_versions == "mark"
+            or request.group.options.mixed_versions == "mark"
         )
 
     def _no_candidate(self, request: Request, tokens: int) -> None:
         """Nobody may take the request now: begin it again, give it up, or set it aside until the fleet changes."""
         ups = [instance for instance in self.instances.values() if instance.up]
-        if request.version is not None and not any(self._version_fits(request, instance) for instance in ups):
+        if self._outdated(request, ups):
             self._restart(request)
         elif len(ups) == len(self.instances) and not any(instance.could_hold(tokens) for instance in ups):
             self._fail(request, f"too long: a sequence of {tokens} tokens does not fit any engine's KV cache")
         else:
             self.buffer.park(request)
 
+    def _outdated(self, request: Request, ups: Sequence[Instance]) -> bool:
+        """Whether what the request has generated can never be continued: its weights are gone."""
+        if request.version is None or request.group.options.mixed_versions == "mark":
+            return False
+        if self.lasting:
+            return request.version != self.version
+        return not any(self._version_fits(request, instance) for instance in ups)
+
     def _chunk_bound(self, request: Request) -> int:
         """The most tokens the next chunk may add, as far as a policy may know."""
-        size = self.config.rollout.chunk_size
+        size = request.group.options.chunk_size
         return min(size, request.remaining) if size and self.policy.divided else request.remaining
 
     def _dispatch(self, request: Request, instance: Instance, tokens: int) -> None:
@@ -469,7 +530,7 @@ class Core:
             request=request.id,
             prefix=request.prefix(),
             params=call_params(
-                self.config.sampling,
+                request.group.options.sampling,
                 seed=request.seed,
                 prompt_len=request.group.prompt_len,
                 generated=request.generated,
@@ -477,9 +538,11 @@ class Core:
                 position_seeds=call.instance.position_seeds,
                 ignore_eos=request.forced_length is not None,
                 kinship=self._kinship(call) if call.instance.drafts else None,
+                passed=request.group.options.passed,
             ),
             max_tokens=call.max_tokens,
             weight_version=call.weight_version,
+            salt=request.group.options.salt,
             continues=request.generated + call.max_tokens < request.end,
         )
 
@@ -489,7 +552,7 @@ class Core:
         A response that began again under other weights is another sequence.
         """
         request = call.request
-        tail = self._input_closed and self.buffer.open <= _TAIL * len(self.buffer.requests)
+        tail = self._input_closed and self.buffer.open <= _TAIL * self.buffer.total
         return {
             "seer_group": f"{self.run}/{request.group.id}",
             "seer_request": f"{request.index}@{call.weight_version}",
@@ -508,14 +571,11 @@ class Core:
         """Stop when nothing more can happen, else ask to be woken when time alone may change something."""
         if self._input_closed and not self.buffer.open and not self.calls:
             self._stop("done")
-        elif (
-            self._input_closed and self.buffer.open and self.policy.enough(self.buffer.ended, len(self.buffer.requests))
-        ):
+        elif self._input_closed and self.buffer.open and self.policy.enough(self.buffer.ended, self.buffer.total):
             self._cancel_all()
             for request in self.buffer.unfinished():
                 request.finish_reason = "unfinished"
-                self.buffer.end(request, State.UNFINISHED)
-                self._emit(request)
+                self._end(request, State.UNFINISHED)
             self._stop("done")
         elif self.closing and not self.calls:
             self._stop(self.closing)
@@ -525,18 +585,27 @@ class Core:
     def _wake_when_needed(self) -> None:
         closed = [i.closed_until for i in self.instances.values() if i.up and i.closed_until > self._now]
         due = closed
-        if self.calls or not self.buffer.open:
+        if self.calls or not self.buffer.open or self.paused:
             self._idle_since = None
         else:
             self._idle_since = self._now if self._idle_since is None else self._idle_since
             end = self._idle_since + self.config.engine.patience_s
-            if self._now >= end:
+            if self._now < end:
+                due.append(end)
+            elif self.lasting:
+                self._despair()
+            else:
                 self._stop("no_engine")
                 return
-            due.append(end)
         if due and (self._woken_at is None or min(due) < self._woken_at):
             self._woken_at = min(due)
             self._out.append(Wake(at=self._woken_at))
+
+    def _despair(self) -> None:
+        stale = [i.name for i in self.instances.values() if i.up and i.version != self.version]
+        why = f"{', '.join(stale)} must get weight version {self.version} first" if stale else "none answers"
+        for request in self.buffer.unfinished():
+            self._fail(request, f"{NO_ENGINE}: {why}")
 
     def _stop(self, reason: str) -> None:
         self.stopped = reason
@@ -550,6 +619,11 @@ def _digest(text: str) -> int:
 def _ended_by_token(reply: ChunkReply) -> bool:
     """Whether the model's end-of-sequence token or a stop token id ended the response."""
     return reply.finish_reason == "stop" and not isinstance(reply.stop_reason, str)
+
+
+def _shown(request: Request, reply: ChunkReply) -> list[int]:
+    hidden = _ended_by_token(reply) and not request.group.options.sampling.include_stop_str_in_output
+    return reply.token_ids[:-1] if hidden else reply.token_ids
 
 
 def _truncated(reply: ChunkReply, tokens: int) -> ChunkReply:

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from seer_async.errors import FailureKind
+from seer_async.options import GroupOptions
 from seer_async.types import Chunk, ChunkReply, EngineInfo, EngineStats, Prompt, Sample, TopLogprob
 
 # Events
@@ -19,13 +20,23 @@ from seer_async.types import Chunk, ChunkReply, EngineInfo, EngineStats, Prompt,
 class GroupAdded(msgspec.Struct, frozen=True, kw_only=True):
     """A tokenised prompt wants `n` responses.
 
-    `limit` is the most tokens of each; `forced_lengths`, by index, end responses there whatever the model says.
+    `limit` is the most tokens of each; `forced_lengths`, by index, end responses there whatever the model says. Without
+    `options` those of the config hold; without `seeds`, each response's seed derives from the run's. In a core that
+    lasts, a group that is still open is joined: `n` more responses, numbered on.
     """
 
     prompt: Prompt
     n: int
     limit: int
     forced_lengths: tuple[int, ...] | None = None
+    options: GroupOptions | None = None
+    seeds: tuple[int, ...] | None = None
+
+
+class RequestsCancelled(msgspec.Struct, frozen=True, kw_only=True):
+    """Nobody wants these requests' responses any more; those that have ended are passed over."""
+
+    requests: tuple[str, ...]
 
 
 class InputClosed(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,6 +87,32 @@ class EngineReport(msgspec.Struct, frozen=True, kw_only=True):
     stats: EngineStats
 
 
+class EngineAdded(msgspec.Struct, frozen=True, kw_only=True):
+    """The fleet has an engine more; it is down until it is up."""
+
+    engine: str
+
+
+class EngineRemoved(msgspec.Struct, frozen=True, kw_only=True):
+    """The fleet has an engine less; what is in flight there is lost."""
+
+    engine: str
+
+
+class VersionSet(msgspec.Struct, frozen=True, kw_only=True):
+    """These are the weights to sample from, whatever engines have now; for a core that lasts."""
+
+    version: str
+
+
+class Paused(msgspec.Struct, frozen=True, kw_only=True):
+    """Send nothing until `Resumed`; what is in flight goes on."""
+
+
+class Resumed(msgspec.Struct, frozen=True, kw_only=True):
+    """Go on sending."""
+
+
 class Woke(msgspec.Struct, frozen=True, kw_only=True):
     """The time asked for by a `Wake` has come."""
 
@@ -90,6 +127,7 @@ class AbortRequested(msgspec.Struct, frozen=True, kw_only=True):
 
 Event = (
     GroupAdded
+    | RequestsCancelled
     | InputClosed
     | Restored
     | ChunkFinished
@@ -97,6 +135,11 @@ Event = (
     | EngineUp
     | EngineDown
     | EngineReport
+    | EngineAdded
+    | EngineRemoved
+    | VersionSet
+    | Paused
+    | Resumed
     | Woke
     | DrainRequested
     | AbortRequested
@@ -121,6 +164,7 @@ class Dispatch(msgspec.Struct, frozen=True, kw_only=True):
     params: dict[str, Any]
     max_tokens: int
     weight_version: str
+    salt: str = ""
     continues: bool = True
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from seer_async.types import Sample, Timings
 
 if TYPE_CHECKING:
+    from seer_async.options import GroupOptions
     from seer_async.text import TextStream
     from seer_async.types import Chunk, ChunkReply, Prompt, TopLogprob
 
@@ -26,7 +27,7 @@ class State(StrEnum):
     RUNNING = "running"  # one call is in flight
     DONE = "done"
     FAILED = "failed"
-    UNFINISHED = "unfinished"  # given up because the policy has enough
+    UNFINISHED = "unfinished"  # given up: the policy has enough, or nobody wants it any more
 
 
 TERMINAL = (State.DONE, State.FAILED, State.UNFINISHED)
@@ -35,14 +36,15 @@ TERMINAL = (State.DONE, State.FAILED, State.UNFINISHED)
 class Group:
     """One prompt and its requests. `limit` is the most tokens any of its responses may have."""
 
-    __slots__ = ("limit", "order", "prompt", "prompt_len", "requests")
+    __slots__ = ("limit", "options", "order", "prompt", "prompt_len", "requests")
 
-    def __init__(self, prompt: Prompt, order: int, limit: int) -> None:
+    def __init__(self, prompt: Prompt, order: int, limit: int, options: GroupOptions) -> None:
         assert prompt.token_ids, "a prompt is tokenised before it reaches the core"
         self.prompt = prompt
         self.prompt_len = len(prompt.token_ids)
         self.order = order
         self.limit = limit
+        self.options = options
         self.requests: list[Request] = []
 
     @property

@@ -150,6 +150,20 @@ class RunFolder:
         if before and model not in before:
             raise StorageError(f"{self.path} was sampled from {', '.join(sorted(before))}, the engines serve {model}")
 
+    @property
+    def name(self) -> str:
+        """The folder."""
+        return str(self.path)
+
+    @property
+    def life(self) -> int:
+        """How often the run was resumed."""
+        return len(self.info.resumed)
+
+    def record(self, record: Record) -> None:
+        """Append an accepted chunk or a restart to the journal; raises OSError when the disk refuses."""
+        self.journal.append(record)
+
     def emit(self, sample: Sample) -> None:
         """Append one sample; raises OSError when the disk refuses."""
         self._samples.append(self._encoder.encode(sample) + b"\n")

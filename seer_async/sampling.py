@@ -124,12 +124,14 @@ def call_params(
     position_seeds: bool,
     ignore_eos: bool = False,
     kinship: dict[str, str] | None = None,
+    passed: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """VLLM sampling parameters of one call that continues after `generated` tokens, for at most `max_tokens` more.
 
     Options at their default are left out, so that the body stays small. `kinship` tells an engine that drafts which
-    requests are siblings.
+    requests are siblings. `passed` are parameters that we do not touch.
     """
+    own = {"seer_prompt_len": prompt_len} | (kinship or {})
     params: dict[str, Any] = {
         "max_tokens": max_tokens,
         "temperature": sampling.temperature,
@@ -139,7 +141,6 @@ def call_params(
         "repetition_penalty": sampling.repetition_penalty,
         "seed": chunk_seed(seed, generated, position_seeds=position_seeds),
         "logprobs": sampling.logprobs,
-        "extra_args": {"seer_prompt_len": prompt_len} | (kinship or {}),
     }
     if sampling.min_tokens > generated:
         params["min_tokens"] = min(sampling.min_tokens - generated, max_tokens)
@@ -148,7 +149,8 @@ def call_params(
     for name in _SENT_WHEN_SET:
         if value := getattr(sampling, name):
             params[name] = value
-    return params
+    passed = passed or {}
+    return passed | params | {"extra_args": passed.get("extra_args", {}) | own}
 
 
 # The engine's own stop strings only save work: the core decides about them on the joined text (see text.py).

@@ -20,7 +20,9 @@ from seer_async.events import (
     Command,
     Dispatch,
     Emit,
+    EngineAdded,
     EngineDown,
+    EngineRemoved,
     EngineReport,
     EngineUp,
     Event,
@@ -37,13 +39,36 @@ if TYPE_CHECKING:
 
     from seer_async.core import Core
     from seer_async.engine import EngineClient
-    from seer_async.runfolder import RunFolder
-    from seer_async.types import EngineInfo
+    from seer_async.types import EngineInfo, Sample
 
 TRIAL_TIMEOUT_S = 60.0  # for one token from an engine that others may keep busy
 _RETRY_ATTACH_S = 1.0
 _REPORT_SHARE = 50  # watching may take one fiftieth of the loop's time,
 _REPORT_PAUSE_S = 2.0  # unless that would look frozen
+
+
+class Sink(Protocol):
+    """Where records and samples go. What it is called as in an error, and how often the run was begun before."""
+
+    @property
+    def name(self) -> str:
+        """What to call it."""
+
+    @property
+    def life(self) -> int:
+        """0 for a new run, 1 more each time it is resumed."""
+
+    def record(self, record: Record) -> None:
+        """An accepted chunk or a restart; raises OSError if it cannot be kept."""
+
+    def emit(self, sample: Sample) -> None:
+        """A finished sample; raises OSError if it cannot be kept."""
+
+    def measure(self, snapshot: Snapshot) -> None:
+        """The fleet at one moment; raises OSError."""
+
+    def sync(self) -> None:
+        """Make safe what was given; may take long; raises OSError."""
 
 
 class Tracer(Protocol):
@@ -74,7 +99,7 @@ class Clock:
 
 
 class Shell:
-    """Runs one rollout to its end.
+    """Runs one rollout to its end, or a service for as long as it is wanted.
 
     `clients` are the engines by name. `accepts` says why an engine cannot be used for this run, or None. `watch` is
     called with every snapshot.
@@ -84,7 +109,7 @@ class Shell:
         self,
         core: Core,
         clients: Mapping[str, EngineClient],
-        folder: RunFolder,
+        sink: Sink,
         *,
         clock: Clock,
         tracer: Tracer | None = None,
@@ -93,8 +118,8 @@ class Shell:
         watch_s: float = 0.25,
     ) -> None:
         self._core = core
-        self._clients = clients
-        self._folder = folder
+        self._clients = dict(clients)
+        self._sink = sink
         self._clock = clock
         self._tracer = tracer
         self._accepts = accepts
@@ -106,7 +131,7 @@ class Shell:
         self._stopped: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._alarm: asyncio.TimerHandle | None = None
         self._tasks: asyncio.TaskGroup | None = None
-        self._incarnation = len(folder.info.resumed)
+        self._monitors: dict[str, asyncio.Task[None]] = {}
 
     async def run(self, attached: Mapping[str, EngineInfo]) -> str:
         """Roll out until the core stops; returns its reason.
@@ -118,15 +143,33 @@ class Shell:
         """
         async with asyncio.TaskGroup() as self._tasks:
             self.post(*(EngineUp(engine=name, info=info) for name, info in attached.items()))
-            tasks = [self._tasks.create_task(self._monitor(name), name=f"monitor {name}") for name in self._clients]
-            tasks += [self._tasks.create_task(self._report()), self._tasks.create_task(self._measure())]
+            for name in self._clients:
+                self._begin_monitor(self._tasks, name)
+            tasks = [self._tasks.create_task(self._report()), self._tasks.create_task(self._measure())]
             await asyncio.wait([self._stopped])
-            for task in [*tasks, *self._calls.values()]:
+            for task in [*tasks, *self._monitors.values(), *self._calls.values()]:
                 task.cancel()
         if self._alarm:
             self._alarm.cancel()
         self._report_once()
         return self._stopped.result()
+
+    def add_engine(self, name: str, client: EngineClient) -> None:
+        """Make an engine part of the fleet; it is attached when it answers."""
+        assert self._tasks is not None, "run() comes first"
+        self._clients[name] = client
+        self._suspects[name] = asyncio.Event()
+        self.post(EngineAdded(engine=name))
+        self._begin_monitor(self._tasks, name)
+
+    def remove_engine(self, name: str) -> None:
+        """Forget an engine; what is in flight there goes on elsewhere."""
+        self._monitors.pop(name).cancel()
+        self.post(EngineRemoved(engine=name))
+        del self._clients[name], self._suspects[name]
+
+    def _begin_monitor(self, tasks: asyncio.TaskGroup, name: str) -> None:
+        self._monitors[name] = tasks.create_task(self._monitor(name), name=f"monitor {name}")
 
     def post(self, *events: Event) -> None:
         """Tell the core what happened in this moment, and do what it says."""
@@ -139,8 +182,8 @@ class Shell:
         except OSError as error:
             self._stopped.set_exception(
                 StorageError(
-                    f"cannot write {self._folder.path}: {error.strerror or error}; make room, then continue with "
-                    f"--resume {self._folder.path}"
+                    f"cannot write {self._sink.name}: {error.strerror or error}; make room, then continue with "
+                    f"--resume {self._sink.name}"
                 )
             )
         except Exception as error:  # noqa: BLE001 - a defect ends the run instead of leaving it hanging
@@ -151,9 +194,9 @@ class Shell:
             case Dispatch():
                 self._dispatch(command, now)
             case Record():
-                self._folder.journal.append(command)
+                self._sink.record(command)
             case Emit():
-                self._folder.emit(command.sample)
+                self._sink.emit(command.sample)
             case Cancel():
                 self._cancel(command, now)
             case Wake():
@@ -185,11 +228,11 @@ class Shell:
         info = client.info
         assert info is not None, "calls go to attached engines only"
         spec = CallSpec(
-            request_id=f"{self._core.run}-{self._incarnation}-{dispatch.call}",
+            request_id=f"{self._core.run}-{self._sink.life}-{dispatch.call}",
             model=info.model,
             prefix=dispatch.prefix,
             params=dispatch.params,
-            cache_salt=f"{self._core.run}:{dispatch.weight_version}",
+            cache_salt=f"{self._core.run}:{dispatch.weight_version}" + (f"/{dispatch.salt}" if dispatch.salt else ""),
             max_tokens=dispatch.max_tokens,
             vocab_size=info.vocab_size,
             load=self._config.engine.kv_pool or info.kv_pool is None,
@@ -213,7 +256,7 @@ class Shell:
         self.post(ChunkFinished(call=dispatch.call, reply=reply))
 
     def _failed(self, dispatch: Dispatch, error: EngineError) -> None:
-        if error.kind is FailureKind.CONNECTION:
+        if error.kind is FailureKind.CONNECTION and dispatch.engine in self._suspects:
             self._suspects[dispatch.engine].set()
         if self._tracer:
             self._tracer.finished(
@@ -284,14 +327,14 @@ class Shell:
         while True:
             snapshot = take_snapshot(self._core, self._clock.now())
             try:
-                self._folder.measure(snapshot)
+                self._sink.measure(snapshot)
                 if self._tracer:
                     self._tracer.counter(snapshot)
                 if output.fsync_s and snapshot.now - synced >= output.fsync_s:
-                    await asyncio.to_thread(self._folder.sync)
+                    await asyncio.to_thread(self._sink.sync)
                     synced = snapshot.now
             except OSError as error:
                 if not self._stopped.done():
-                    self._stopped.set_exception(StorageError(f"cannot write {self._folder.path}: {error.strerror}"))
+                    self._stopped.set_exception(StorageError(f"cannot write {self._sink.name}: {error.strerror}"))
                 return
             await asyncio.sleep(output.metrics_s)

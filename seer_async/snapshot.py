@@ -132,7 +132,7 @@ def take_snapshot(core: Core, now: float) -> Snapshot:
         now=now,
         done=counts[State.DONE],
         failed=counts[State.FAILED],
-        total=len(core.buffer.requests),
+        total=core.buffer.total,
         running=counts[State.RUNNING],
         waiting=counts[State.WAITING],
         parked=counts[State.PARKED],

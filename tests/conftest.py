@@ -19,14 +19,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 POOL_BYTES = 1 << 30
-START_AND_TEST_S = 1200  # two engines and the tests share what may be two busy cores
+START_AND_TEST_S = 600  # two engines and the tests share what may be two busy cores
+WITH_ENGINES = tuple(f"tests/vllm/test_{name}.py" for name in ("drafting", "exactness", "kvpool", "mooncake", "rollout"))
 
 
 class _TwoLanes(LoadScopeScheduling):
-    """All tests of the shared fleet go to one process, so that it starts once; the others go one by one to the rest."""
+    """All tests with engines go to one process, so that the shared fleet starts once; the others go to the rest."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return "fleet" if nodeid.startswith("tests/vllm/") else nodeid
+        return "fleet" if nodeid.startswith(WITH_ENGINES) else nodeid
 
 
 @pytest.hookimpl(optionalhook=True)

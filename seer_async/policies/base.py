@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from seer_async.config import SchedulerConfig
     from seer_async.context import Context
     from seer_async.instance import Instance
-    from seer_async.request import Request
+    from seer_async.request import Group, Request
 
 
 class Policy:
@@ -58,6 +58,9 @@ class Policy:
 
     def learned(self, request: Request) -> None:
         """The group's estimate may have moved because of this request's new tokens."""
+
+    def forget(self, group: Group) -> None:
+        """The group has ended for good; a policy that remembers groups drops this one."""
 
     def place(self, request: Request, tokens: int, instances: Sequence[Instance]) -> Instance | None:
         """Which of the engines that may take it gets the request; None when it should wait.

@@ -30,6 +30,9 @@ class GroupRoundRobin(NoContext):
         self._bound: dict[Group, str] = {}
         self._dealt = 0
 
+    def forget(self, group: Group) -> None:
+        self._bound.pop(group, None)
+
     def place(self, request: Request, tokens: int, instances: Sequence[Instance]) -> Instance | None:
         del tokens  # room is the engine's own business here
         by_name = {instance.name: instance for instance in instances}

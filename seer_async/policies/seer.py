@@ -52,6 +52,10 @@ class Seer(Policy):
         if request.group in self._members:
             self._rank(request.group)
 
+    def forget(self, group: Group) -> None:
+        self._members.pop(group, None)
+        self._ranked.pop(group, None)
+
     def choose(self) -> Request | None:
         if self._decisions % self.config.fairness == self.config.fairness - 1 and (oldest := self._oldest.peek()):
             return oldest
@@ -69,7 +73,7 @@ class Seer(Policy):
     def _longest(self) -> Request | None:
         while self._groups:
             estimate, _, group = self._groups[0]
-            request = self._members[group].peek()
+            request = self._members[group].peek() if group in self._members else None
             if request is not None and -estimate == self._ranked.get(group):
                 return request
             heapq.heappop(self._groups)

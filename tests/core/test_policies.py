@@ -6,6 +6,7 @@ from seer_async.config import SchedulerConfig, resolve
 from seer_async.context import Context
 from seer_async.errors import ConfigError, FailureKind
 from seer_async.events import Restored
+from seer_async.options import GroupOptions
 from seer_async.policies import find_policy
 from seer_async.request import Group, Request
 from seer_async.types import Prompt
@@ -116,7 +117,7 @@ def test_resumed_groups_are_ranked_by_what_the_journal_holds() -> None:
 
 
 def make_group(limit: int) -> tuple[Group, list[Request]]:
-    group = Group(Prompt(id="g", token_ids=[1]), 0, limit)
+    group = Group(Prompt(id="g", token_ids=[1]), 0, limit, GroupOptions())
     group.requests += [Request(group, index, 0, 0.0) for index in range(3)]
     return group, group.requests
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.vllm
 
 CHUNK_SIZES = (7, 16, 64, 0)
-MAX_TOKENS = 72
+MAX_TOKENS = 66
 OPTIONS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "greedy, penalties": {
@@ -69,7 +69,7 @@ def runs(vllm_fleet: LocalFleet, tmp_path_factory: pytest.TempPathFactory) -> di
 
 
 async def _sampled(fleet: LocalFleet, folder: Path, name: str) -> Runs:
-    prompts = read_dataset(default_dataset(), 3)
+    prompts = read_dataset(default_dataset(), 2)
 
     async def chunked(size: int) -> dict[str, Any]:
         tree = {
