@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 POOL_BYTES = 1 << 30
 START_AND_TEST_S = 600  # two engines and the tests share what may be two busy cores
-WITH_ENGINES = tuple(f"tests/vllm/test_{name}.py" for name in ("drafting", "exactness", "kvpool", "mooncake", "rollout"))
+WITH_ENGINES = tuple(f"tests/vllm/test_{of}.py" for of in ("drafting", "exactness", "kvpool", "mooncake", "rollout"))
 
 
 class _TwoLanes(LoadScopeScheduling):
