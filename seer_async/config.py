@@ -152,6 +152,20 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         _require(self.kv_pool_disk_gib >= 0, "fleet.kv_pool_disk_gib must be 0 (no disk) or more")
 
 
+class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`seer serve`. At most `max_requests` responses are open at once; beyond, callers are told to come again.
+
+    A streamed response is cut into chunks of `stream_chunk_size` tokens, which is how often its reader hears of it.
+    """
+
+    max_requests: int = 65_536
+    stream_chunk_size: int = 32
+
+    def __post_init__(self) -> None:
+        _require(self.max_requests >= 1, "serve.max_requests must be at least 1")
+        _require(self.stream_chunk_size >= 1, "serve.stream_chunk_size must be at least 1")
+
+
 class OutputConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What is written into the run folder beside samples.jsonl and the journal."""
 
@@ -173,6 +187,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     engine: EngineConfig = EngineConfig()
     fleet: FleetConfig = FleetConfig()
     output: OutputConfig = OutputConfig()
+    serve: ServeConfig = ServeConfig()
 
     def __post_init__(self) -> None:
         _require(

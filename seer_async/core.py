@@ -602,6 +602,7 @@ class Core:
             self._out.append(Wake(at=self._woken_at))
 
     def _despair(self) -> None:
+        self._idle_since = None
         stale = [i.name for i in self.instances.values() if i.up and i.version != self.version]
         why = f"{', '.join(stale)} must get weight version {self.version} first" if stale else "none answers"
         for request in self.buffer.unfinished():

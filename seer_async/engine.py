@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _PAGE_LIMIT = 16 << 20  # a tokenizer.json is the largest control answer
 _REPLY_BASE = 64 << 10
 _REPLY_PER_TOKEN = 512  # bytes of JSON per token and alternative, generously
+_KEEP_ALIVE_S = 2.0  # vLLM's server closes idle connections after 5 s; a call sent on one that is closing is lost
 _BUSY, _UNAVAILABLE, _TIMEOUT = 429, 503, 408
 
 _T = TypeVar("_T")
@@ -60,6 +61,12 @@ class _WeightInfo(msgspec.Struct):
 
 class _Tokens(msgspec.Struct):
     tokens: list[int]
+
+
+def engine_session() -> aiohttp.ClientSession:
+    """Return a session that suits engines, for all clients of a run: no limit on calls at once, no stale connections."""
+    connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=300, keepalive_timeout=_KEEP_ALIVE_S)
+    return aiohttp.ClientSession(connector=connector, auto_decompress=False, read_bufsize=1 << 18)
 
 
 class EngineClient:

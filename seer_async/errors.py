@@ -42,6 +42,18 @@ class StorageError(SeerError):
     exit_code = 5
 
 
+class RefusedError(SeerError):
+    """A request to the service can never be sampled as it is."""
+
+
+class BusyError(SeerError):
+    """The service holds as much as it may; `retry_after` is in seconds."""
+
+    def __init__(self, message: str, *, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
 class FailureKind(StrEnum):
     """What happened to a call, as far as the next decision depends on it."""
 

@@ -12,12 +12,11 @@ import time
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-import aiohttp
 import msgspec
 from tokenizers import Tokenizer
 
 from seer_async.core import Core
-from seer_async.engine import EngineClient
+from seer_async.engine import EngineClient, engine_session
 from seer_async.errors import DatasetError, EngineError, FailureKind, FleetError, StorageError, UsageError
 from seer_async.events import AbortRequested, DrainRequested, GroupAdded, InputClosed, Restored
 from seer_async.lengths import lengths_for
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
 _TOKENIZE_AT_ONCE = 32
 _TOKENIZE_TIMEOUT_S = 60.0
 _FLUSH_S = 10.0
-_KEEP_ALIVE_S = 2.0  # vLLM's server closes idle connections after 5 s; a call sent on one that is closing is lost
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,10 +60,11 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
 class Fleet:
     """The engines of a run: clients by name, and what was learned of those that answer."""
 
-    def __init__(self, clients: dict[str, EngineClient], config: Config) -> None:
-        self.clients = clients
+    def __init__(self, urls: Sequence[str], connect: Callable[[str], EngineClient], config: Config) -> None:
+        self.clients = {f"engine-{number}": connect(url) for number, url in enumerate(urls)}
         self.attached: dict[str, EngineInfo] = {}
         self.missing: dict[str, str] = {}
+        self._connect = connect
         self._config = config
         self._divided = config.rollout.chunk_size > 0 and find_policy(config.scheduler.policy).divided
 
@@ -104,6 +103,16 @@ class Fleet:
         if other is not None and other.model != info.model:
             return f"it serves {info.model!r}, other engines {other.model!r}; a run needs one model"
         return None
+
+    def add(self, name: str, url: str) -> EngineClient:
+        """A client of one more engine, not attached yet."""
+        self.clients[name] = self._connect(url)
+        return self.clients[name]
+
+    def remove(self, name: str) -> None:
+        """Forget an engine."""
+        del self.clients[name]
+        self.attached.pop(name, None)
 
     @property
     def info(self) -> EngineInfo:
@@ -185,9 +194,8 @@ async def open_fleet(config: Config, urls: Sequence[str]) -> AsyncIterator[Fleet
             raise UsageError(
                 f"engine.api_key_env names {config.engine.api_key_env}, which is not set in the environment"
             )
-    connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=300, keepalive_timeout=_KEEP_ALIVE_S)
-    async with aiohttp.ClientSession(connector=connector, auto_decompress=False, read_bufsize=1 << 18) as session:
-        yield Fleet({f"engine-{i}": EngineClient(url, session, api_key=key) for i, url in enumerate(urls)}, config)
+    async with engine_session() as session:
+        yield Fleet(urls, lambda url: EngineClient(url, session, api_key=key), config)
 
 
 class Rollout:

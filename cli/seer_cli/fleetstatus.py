@@ -12,7 +12,7 @@ import msgspec
 from rich.table import Table
 from rich.text import Text
 
-from seer_async.engine import EngineClient
+from seer_async.engine import EngineClient, engine_session
 from seer_async.errors import EngineError
 from seer_cli.panel import clean, duration, short
 
@@ -63,7 +63,7 @@ class FleetStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 async def look(name: str, fleet: FleetFile, *, running: bool | None, api_key: str | None = None) -> FleetStatus:
     """Ask all engines of a fleet at once."""
-    async with aiohttp.ClientSession() as session:
+    async with engine_session() as session:
         entries = enumerate(fleet.engines)
         engines = await asyncio.gather(*(_engine(i, each, session, api_key) for i, each in entries))
     return FleetStatus(

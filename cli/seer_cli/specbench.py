@@ -17,13 +17,12 @@ import statistics
 import time
 from typing import TYPE_CHECKING
 
-import aiohttp
 import msgspec
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 from rich.table import Table
 
-from seer_async.engine import EngineClient
+from seer_async.engine import EngineClient, engine_session
 from seer_async.sampling import Sampling, call_params, mix_seed
 from seer_async.wire import CallSpec
 from seer_servers.fleet import EngineSpec, LocalFleet
@@ -31,6 +30,8 @@ from seer_servers.fleet import EngineSpec, LocalFleet
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
+
+    import aiohttp
 
     from seer_async.types import Prompt
     from seer_servers.fleet import LocalEngine
@@ -217,7 +218,7 @@ async def measure_drafts(
     turns: list[Turn] = []
     elsewhere = any(point.elsewhere for point in points)
     async with contextlib.AsyncExitStack() as stack:
-        session = await stack.enter_async_context(aiohttp.ClientSession())
+        session = await stack.enter_async_context(engine_session())
         lanes = []
         for name in contenders:
             own = folder / name

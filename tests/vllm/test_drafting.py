@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from seer_async.dataset import default_dataset, read_dataset
-from seer_async.engine import EngineClient
+from seer_async.engine import EngineClient, engine_session
 from seer_async.wire import CallSpec
 from seer_servers.drafting.link import ask_stats
 
@@ -86,7 +86,7 @@ class Drafting:
 
 @asynccontextmanager
 async def drafting(fleet: LocalFleet) -> AsyncIterator[Drafting]:
-    async with aiohttp.ClientSession() as session:
+    async with engine_session() as session:
         engine = Drafting(fleet.urls[0], session)
         await engine.attach()
         assert (await engine.post("config", {"adaptive": False}))[0] == 200  # however little a busy machine gains

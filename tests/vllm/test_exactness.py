@@ -69,7 +69,7 @@ def runs(vllm_fleet: LocalFleet, tmp_path_factory: pytest.TempPathFactory) -> di
 
 
 async def _sampled(fleet: LocalFleet, folder: Path, name: str) -> Runs:
-    prompts = read_dataset(default_dataset(), 2)
+    prompts = read_dataset(default_dataset(), 3)
 
     async def chunked(size: int) -> dict[str, Any]:
         tree = {

@@ -11,13 +11,12 @@ import signal
 import uuid
 from typing import TYPE_CHECKING, Any
 
-import aiohttp
 import httpx
 import psutil
 import pytest
 
 from seer_async.dataset import default_dataset, read_dataset
-from seer_async.engine import EngineClient
+from seer_async.engine import EngineClient, engine_session
 from seer_async.wire import CallSpec
 from seer_cli.kvbench import measure_pool
 from seer_servers.kvpool.shm.pool import ShmPool
@@ -38,7 +37,7 @@ PROMPT, PREFIX, MORE = 50, 333, 24  # tokens; nothing is a multiple of a block
 
 @pytest.fixture
 async def engines(vllm_fleet: LocalFleet) -> AsyncIterator[list[EngineClient]]:
-    async with aiohttp.ClientSession() as session:
+    async with engine_session() as session:
         clients = [EngineClient(url, session) for url in vllm_fleet.urls]
         for client in clients:
             await client.attach(timeout_s=30, trial_timeout_s=60)

@@ -10,11 +10,10 @@ import time
 import uuid
 from typing import TYPE_CHECKING, Any
 
-import aiohttp
 import psutil
 import pytest
 
-from seer_async.engine import EngineClient
+from seer_async.engine import EngineClient, engine_session
 from seer_async.wire import CallSpec
 from seer_servers.fleet import EngineSpec, LocalFleet
 from seer_servers.kvpool.mooncake import MooncakePool, model_namespace
@@ -23,6 +22,8 @@ from tests.test_mooncake import mooncake_installed  # noqa: F401 - a fixture
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import aiohttp
 
     from seer_servers.kvpool.mooncake import Service
 
@@ -113,7 +114,7 @@ async def test_two_engines_and_killed_daemons(vllm_installed: None, mooncake_ins
     model = str(ensure_default_model())
     spec = EngineSpec(model=model, dtype="float32", max_model_len=2048, block_size=BLOCK, kv_cache_gib=0.5)
     pool = MooncakePool(tmp_path, 1 << 30, namespace=model_namespace(model, "float32"))
-    async with LocalFleet(spec, 2, tmp_path, pool=pool) as fleet, aiohttp.ClientSession() as session:
+    async with LocalFleet(spec, 2, tmp_path, pool=pool) as fleet, engine_session() as session:
         here, there = [Engine(url, session) for url in fleet.urls]
         await asyncio.gather(here.attach(), there.attach())
         await moves_without_prefill(here, there)

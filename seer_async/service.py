@@ -1,0 +1,392 @@
+"""A fleet that serves: groups come in at any time, samples go out as they finish, for as long as it is wanted.
+
+Invariants: every request that was submitted ends in exactly one sample, which its ticket gets, unless it was cancelled;
+seeds are unique to a request unless the caller gave them; while the service is paused nothing new is sent to an engine.
+Nothing is kept on disk: what a caller has not taken when the process ends is lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import secrets
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Self
+
+import msgspec
+
+from seer_async.core import Core
+from seer_async.errors import BusyError, RefusedError, SeerError
+from seer_async.events import AbortRequested, GroupAdded, Paused, RequestsCancelled, Resumed, VersionSet
+from seer_async.options import GroupOptions
+from seer_async.rollout import open_fleet
+from seer_async.sampling import mix_seed
+from seer_async.shell import Clock, Shell
+from seer_async.snapshot import Snapshot, take_snapshot
+from seer_async.types import Prompt, Sample, Timings, TopLogprob
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+    from seer_async.config import Config
+    from seer_async.engine import EngineClient
+    from seer_async.events import Record
+    from seer_async.rollout import Fleet
+    from seer_async.types import EngineInfo
+
+_BUSY_RETRY_S = 1.0
+_END_S = 10.0
+_GROUPS_KEPT = 1024
+
+
+class Work(msgspec.Struct, frozen=True, kw_only=True):
+    """A group that somebody wants: `n` responses to one tokenised prompt.
+
+    `seeds`, one for each response, make it repeatable. Submissions with the same `group` name, prompt and options are
+    siblings while any of them is open; without a name, equal prompts and options are enough.
+    """
+
+    prompt_token_ids: list[int]
+    n: int = 1
+    options: GroupOptions = GroupOptions()
+    seeds: tuple[int, ...] | None = None
+    group: str = ""
+
+
+class Piece(msgspec.Struct, frozen=True, kw_only=True):
+    """Progress of response `index` of a ticket: the tokens of one more chunk, or with `restarted` none, from the start.
+
+    `sample` is the whole response, with the last piece; that one has no tokens of its own.
+    """
+
+    index: int
+    token_ids: list[int] = []
+    logprobs: list[float] = []
+    top_logprobs: list[list[TopLogprob]] | None = None
+    weight_version: str = ""
+    restarted: bool = False
+    sample: Sample | None = None
+
+
+class Ticket:
+    """One submission on its way. `requests` are the ids of its responses, in order."""
+
+    def __init__(self, requests: Sequence[str]) -> None:
+        self.requests = list(requests)
+        self.samples: dict[int, Sample] = {}  # by index, as they finish
+        self._pieces: asyncio.Queue[Piece] = asyncio.Queue()
+
+    @property
+    def done(self) -> bool:
+        """Whether every response has ended."""
+        return len(self.samples) == len(self.requests)
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """Yield what happens, in order, to the end of the last response. For one reader."""
+        ended = 0
+        while ended < len(self.requests):
+            piece = await self._pieces.get()
+            ended += piece.sample is not None
+            yield piece
+
+    async def finished(self) -> AsyncIterator[tuple[int, Sample]]:
+        """Yield index and sample of each response as it finishes. For one reader."""
+        async for piece in self.pieces():
+            if piece.sample is not None:
+                yield piece.index, piece.sample
+
+    async def all(self) -> list[Sample]:
+        """Return the samples of all responses, in order, once they have ended. For one reader."""
+        samples = {index: sample async for index, sample in self.finished()}
+        return [samples[index] for index in range(len(self.requests))]
+
+    def push(self, piece: Piece) -> None:
+        """Take in what has happened; the service's own."""
+        if piece.sample is not None:
+            self.samples[piece.index] = piece.sample
+        self._pieces.put_nowait(piece)
+
+
+class Service:
+    """The engines at `urls`, ready for work inside the `async with` block.
+
+    Raises:
+        FleetError: On entering, if no engine can be used.
+    """
+
+    def __init__(self, config: Config, urls: Sequence[str]) -> None:
+        self.config = config
+        self.run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+        self.paused: str | None = None  # the mode
+        self._urls = urls
+        self._clock = Clock()
+        self._seed = config.sampling.seed if config.sampling.seed is not None else secrets.randbits(62)
+        self._serial = 0
+        self._desk = _Desk()
+        self._groups: dict[bytes, str] = {}  # id of the latest group by what makes siblings
+        self._held: list[GroupAdded] = []  # while paused
+        self._held_sizes = Counter[str]()  # requests by group
+        self._unwanted: list[str] = []  # of those
+        self._stack = contextlib.AsyncExitStack()
+        self._loop_task: asyncio.Task[str] | None = None
+
+    async def __aenter__(self) -> Self:
+        try:
+            self.fleet: Fleet = await self._stack.enter_async_context(open_fleet(self.config, self._urls))
+            await self.fleet.attach()
+            tokenizer = await self.fleet.tokenizer()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        self.core = Core(
+            self.config, list(self.fleet.clients), run=self.run_id, seed=self._seed, tokenizer=tokenizer, lasting=True
+        )
+        self._info = self.fleet.info
+        self._shell = Shell(self.core, self.fleet.clients, self._desk, clock=self._clock, accepts=self.fleet.objection)
+        self._loop_task = asyncio.create_task(self._shell.run(self.fleet.attached), name="service")
+        self._loop_task.add_done_callback(lambda _: self._desk.end())
+        await asyncio.sleep(0)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._loop_task is not None
+        self._shell.post(AbortRequested())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_END_S):
+                await asyncio.wait([self._loop_task])
+        await self._stack.aclose()
+
+    async def wait(self) -> None:
+        """Return or raise when the service has ended by itself; it should not."""
+        assert self._loop_task is not None
+        await asyncio.shield(self._loop_task)
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the engines had in common when the service began."""
+        return self._info
+
+    def snapshot(self) -> Snapshot:
+        """Look at the fleet now."""
+        return take_snapshot(self.core, self._clock.now())
+
+    # Work
+
+    def submit(self, work: Work) -> Ticket:
+        """Take in a group.
+
+        Raises:
+            RefusedError: It can never be sampled; says why.
+            BusyError: Too much is open; says when to come again.
+        """
+        room = self.info.max_model_len - len(work.prompt_token_ids)
+        self._check(work, room)
+        group, first = self._place_of(work)
+        ticket = Ticket([f"{group}/{first + number}" for number in range(work.n)])
+        self._desk.open(ticket)
+        event = GroupAdded(
+            prompt=Prompt(id=group, token_ids=work.prompt_token_ids),
+            n=work.n,
+            limit=min(work.options.sampling.max_tokens, room),
+            options=work.options,
+            seeds=work.seeds or tuple(self._fresh_seed() for _ in range(work.n)),
+        )
+        if self.paused:
+            self._held.append(event)
+            self._held_sizes[group] += work.n
+        else:
+            self._shell.post(event)
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Nobody wants the rest of it: stop working for it, and tell its reader nothing more."""
+        self._desk.drop(ticket)
+        if self.paused:
+            self._unwanted += ticket.requests
+        self._shell.post(RequestsCancelled(requests=tuple(ticket.requests)))
+
+    def _check(self, work: Work, room: int) -> None:
+        ids = work.prompt_token_ids
+        if self._loop_task is None or self._loop_task.done():
+            raise SeerError("the service has ended")
+        if not ids:
+            raise RefusedError("the prompt has no tokens")
+        if room < 1:
+            raise RefusedError(
+                f"the prompt has {len(ids)} tokens and leaves no room in the context of {self.info.max_model_len}"
+            )
+        if self.info.vocab_size is not None and not 0 <= min(ids) <= max(ids) < self.info.vocab_size:
+            raise RefusedError(f"a token id is outside the model's vocabulary of {self.info.vocab_size}")
+        if work.n < 1:
+            raise RefusedError("n must be at least 1")
+        if self.core.buffer.open + work.n > self.config.serve.max_requests:
+            raise BusyError(
+                f"{self.core.buffer.open} requests are open, of {self.config.serve.max_requests} at most",
+                retry_after=_BUSY_RETRY_S,
+            )
+
+    def _place_of(self, work: Work) -> tuple[str, int]:
+        """The id of the open group that the work belongs to, or of a new one, and its first response's number there.
+
+        What is held while paused joins no group of before: that may have ended when the service goes on.
+        """
+        key = _kinship(work)
+        group = self._groups.get(key, "")
+        size = self._size(group)
+        if not size:
+            self._forget_groups()
+            self._serial += 1
+            group = self._groups[key] = f"g{self._serial}"
+        return group, size
+
+    def _size(self, group: str) -> int:
+        """Requests of a group that can be joined; 0 if it cannot."""
+        if self.paused:
+            return self._held_sizes[group]
+        known = self.core.buffer.groups.get(group)
+        return len(known.requests) if known else 0
+
+    def _forget_groups(self) -> None:
+        if len(self._groups) > 2 * (len(self.core.buffer.groups) + len(self._held)) + _GROUPS_KEPT:
+            self._groups = {key: group for key, group in self._groups.items() if self._size(group)}
+
+    def _fresh_seed(self) -> int:
+        self._serial += 1
+        return mix_seed(self._seed, self._serial)
+
+    # The fleet
+
+    async def pause(self, mode: str) -> None:
+        """Send nothing more; what comes in waits for `resume`.
+
+        What is open ends as it is ("abort"), is finished first ("wait"), or stays as it is ("keep").
+        """
+        self.paused = mode
+        if mode == "wait":
+            await self._desk.idle.wait()
+        else:
+            self._shell.post(Paused())
+        if mode == "abort":
+            self._shell.post(RequestsCancelled(requests=tuple(r.id for r in self.core.buffer.unfinished())))
+
+    def resume(self) -> None:
+        """Go on, with what has come in meanwhile."""
+        self.paused = None
+        self._shell.post(Resumed(), *self._held, RequestsCancelled(requests=tuple(self._unwanted)))
+        for held in (self._held, self._held_sizes, self._unwanted):
+            held.clear()
+
+    def set_version(self, version: str) -> None:
+        """Sample from these weights only; what was begun with others begins again."""
+        self._shell.post(VersionSet(version=version))
+
+    def add_engine(self, url: str) -> str:
+        """Make a server part of the fleet; returns its name."""
+        taken = {int(name.rpartition("-")[2]) for name in self.fleet.clients}
+        name = f"engine-{max(taken, default=-1) + 1}"
+        self._shell.add_engine(name, self.fleet.add(name, url))
+        return name
+
+    def remove_engine(self, name: str) -> None:
+        """Take a server out of the fleet; what it works on goes on elsewhere."""
+        self._shell.remove_engine(name)
+        self.fleet.remove(name)
+
+    def client(self, name: str) -> EngineClient:
+        """The client of an engine."""
+        return self.fleet.clients[name]
+
+
+def _kinship(work: Work) -> bytes:
+    """What siblings have in common."""
+    options = msgspec.structs.replace(work.options, sampling=msgspec.structs.replace(work.options.sampling, seed=None))
+    return hashlib.blake2b(
+        msgspec.msgpack.encode((work.group, work.prompt_token_ids, options)), digest_size=16
+    ).digest()
+
+
+class _Desk:
+    """Where records and samples go: to the ticket of their request."""
+
+    name = "the service"
+    life = 0
+
+    def __init__(self) -> None:
+        self._tickets: dict[str, tuple[Ticket, int]] = {}
+        self.idle = asyncio.Event()  # nobody waits for anything
+        self.idle.set()
+
+    def open(self, ticket: Ticket) -> None:
+        self.idle.clear()
+        for index, request in enumerate(ticket.requests):
+            self._tickets[request] = ticket, index
+
+    def drop(self, ticket: Ticket) -> None:
+        for request in ticket.requests:
+            self._close(request)
+
+    def end(self) -> None:
+        """The service has ended: nobody should wait for it."""
+        for request in list(self._tickets):
+            self.emit(_lost(request))
+
+    def _close(self, request: str) -> tuple[Ticket, int] | None:
+        place = self._tickets.pop(request, None)
+        if not self._tickets:
+            self.idle.set()
+        return place
+
+    def record(self, record: Record) -> None:
+        if place := self._tickets.get(record.request):
+            ticket, index = place
+            ticket.push(
+                Piece(
+                    index=index,
+                    token_ids=record.token_ids,
+                    logprobs=record.logprobs,
+                    top_logprobs=record.top_logprobs,
+                    weight_version=record.chunk.weight_version if record.chunk else "",
+                    restarted=record.chunk is None,
+                )
+            )
+
+    def emit(self, sample: Sample) -> None:
+        if place := self._close(sample.id):
+            ticket, index = place
+            ticket.push(Piece(index=index, sample=sample))
+
+    def measure(self, snapshot: Snapshot) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+
+def _lost(request: str) -> Sample:
+    """What becomes of a request when the service ends under it."""
+    group, _, index = request.rpartition("/")
+    now = time.time()
+    return Sample(
+        id=request,
+        group=group,
+        index=int(index),
+        prompt=None,
+        messages=None,
+        prompt_token_ids=[],
+        token_ids=[],
+        text=None,
+        logprobs=[],
+        top_logprobs=None,
+        finish_reason="error",
+        stop_reason="",
+        error="the service has ended",
+        seed=0,
+        weight_version="",
+        on_policy=False,
+        chunks=[],
+        timings=Timings(submitted=now, first_start=now, finished=now, total=0.0, queued=0.0, generating=0.0),
+        extra=None,
+        run="",
+    )
