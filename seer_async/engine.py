@@ -64,7 +64,7 @@ class _Tokens(msgspec.Struct):
 
 
 def engine_session() -> aiohttp.ClientSession:
-    """Return a session that suits engines, for all clients of a run: no limit on calls at once, no stale connections."""
+    """Return a session for all clients of a run: no limit on calls at once, no stale connections."""
     connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=300, keepalive_timeout=_KEEP_ALIVE_S)
     return aiohttp.ClientSession(connector=connector, auto_decompress=False, read_bufsize=1 << 18)
 
