@@ -9,17 +9,20 @@ import random
 import shutil
 import signal
 import uuid
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import psutil
 import pytest
+import torch
 
 from seer_async.dataset import default_dataset, read_dataset
 from seer_async.engine import EngineClient, engine_session
 from seer_async.wire import CallSpec
 from seer_cli.kvbench import measure_pool
 from seer_servers.kvpool.shm.pool import ShmPool
+from tests.chisquare import p_value
 from tests.runs import roll, samples
 
 if TYPE_CHECKING:
@@ -80,6 +83,41 @@ async def test_requests_that_move_lose_one_token_and_change_nothing(engines: lis
     assert figures.moves.prefilled_most <= 32, "a block; one token where no draft ended the chunk"
     assert figures.moves.pooled_share > 0.97
     assert figures.resume.speedup > 3
+
+
+async def test_what_is_sampled_after_a_move_is_the_policys(engines: list[EngineClient], vllm_fleet: LocalFleet) -> None:
+    """Samples at T=1 on KV that another engine computed, against the probabilities where nothing was loaded."""
+    draws, at_once = 1024, 64
+    asked = await engines[0].tokenize(read_dataset(default_dataset(), 1)[0], timeout_s=60)
+    async with httpx.AsyncClient(timeout=300) as client:
+
+        async def complete(number: int, prefix: list[int], salt: str, **params: Any) -> list[dict[str, Any]]:
+            body = {"prompt": prefix, "cache_salt": salt, "return_token_ids": True} | params
+            reply = await client.post(f"{vllm_fleet.urls[number]}/v1/completions", json=body)
+            return list(reply.raise_for_status().json()["choices"])
+
+        params = {"max_tokens": 100, "temperature": 0.0, "ignore_eos": True, "logprobs": 20}
+        (begun,) = await complete(0, asked, "moved", **params)
+        tops = [torch.tensor(list(top.values())).exp() for top in begun["logprobs"]["top_logprobs"]]
+        open_end = max(range(50, 100), key=lambda place: float(torch.special.entr(tops[place]).sum()))
+        prefix = asked + begun["token_ids"][:open_end]
+        await complete(0, prefix, "moved", max_tokens=1)  # what is computed is in the pool
+        before = await engines[1].pool_counters(timeout_s=30)
+        batches = [
+            await complete(1, prefix, "moved", max_tokens=1, n=at_once, temperature=1.0)
+            for _ in range(draws // at_once)
+        ]
+        after = await engines[1].pool_counters(timeout_s=30)
+        (alone,) = await complete(0, prefix, "alone", max_tokens=1, logprobs=20, return_tokens_as_token_ids=True)
+    assert after["loads"] - before["loads"] >= len(prefix) // 32
+    known = {int(key.rpartition(":")[2]): value for key, value in alone["logprobs"]["top_logprobs"][0].items()}
+    drawn = Counter(choice["token_ids"][0] for batch in batches for choice in batch)
+    counts = torch.tensor([drawn[token] for token in known] + [draws - sum(drawn[token] for token in known)])
+    likely = torch.tensor(list(known.values())).double().exp()
+    policy = torch.cat((likely, (1 - likely.sum()).clamp(min=0)[None]))
+    assert p_value(counts, policy) > 1e-4
+    colder = policy**1.5
+    assert p_value(counts, colder / colder.sum()) < 1e-4, "the test would notice another temperature"
 
 
 async def test_only_the_same_salt_hits(engines: list[EngineClient]) -> None:
