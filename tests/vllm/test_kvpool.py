@@ -80,7 +80,7 @@ async def test_requests_that_move_lose_one_token_and_change_nothing(engines: lis
     figures = await measure_pool(engines, tokens=400, rounds=1, requests=6, chunks=5, repeats=1, seed=3)
     assert figures.moves.equal == figures.moves.requests == 6
     assert figures.moves.moved_chunks > 5
-    assert figures.moves.prefilled_most <= 32, "a block; one token where no draft ended the chunk"
+    assert figures.moves.prefilled_most <= 1 + 8, "one token, and what the last step of a chunk drafted"
     assert figures.moves.pooled_share > 0.97
     assert figures.resume.speedup > 3
 
