@@ -100,7 +100,9 @@ class GroupedDrafter:
 
     def settings(self) -> dict[str, Any]:
         """What `configure` can change."""
-        return {"enabled": self.enabled, "adaptive": self.adaptive} | {name: getattr(self.lookup, name) for name in SETTINGS}
+        return {"enabled": self.enabled, "adaptive": self.adaptive} | {
+            name: getattr(self.lookup, name) for name in SETTINGS
+        }
 
     def configure(self, *, enabled: bool | None = None, adaptive: bool | None = None, **lookup: Any) -> None:
         """Change settings; raises ValueError if they do not fit, and then changes none."""

@@ -1,0 +1,146 @@
+"""The HTML page: one file that needs nothing else, and that can do nothing.
+
+Invariant: its Content-Security-Policy allows its own style sheet, by hash, and nothing more: no script, no request, no
+form. So even markup that slipped in could not act.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from importlib.resources import files
+from typing import TYPE_CHECKING
+
+from seer_async.report.charts import comparison_chart
+from seer_async.report.element import Element, element, to_html
+from seer_async.report.facts import facts_of
+from seer_async.report.sections import figure, sections
+from seer_async.report.tables import table
+from seer_async.report.words import count, moment, visible
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from seer_async.report.report import Report, Subject
+
+MARK = "seer report"
+
+
+def html_page(reports: Sequence[Report]) -> str:
+    """A page on one run, or on several side by side and then one after the other."""
+    style = files("seer_async.report").joinpath("style.css").read_text(encoding="utf-8")
+    title = " | ".join(visible(report.subject.name) for report in reports[:4])
+    body = [_comparison(reports)] if len(reports) > 1 else []
+    body += [_run(report, alone=len(reports) == 1) for report in reports]
+    page = element(
+        "html",
+        element(
+            "head",
+            element("meta", charset="utf-8"),
+            element("meta", name="generator", content=MARK),
+            element("meta", http_equiv="Content-Security-Policy", content=_policy(style)),
+            element("meta", name="referrer", content="no-referrer"),
+            element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+            element("title", f"Seer: {title}"),
+            _style(style),
+        ),
+        element("body", *body, element("footer", element("p", _footer(reports)))),
+        lang="en",
+    )
+    return to_html(page)
+
+
+def _policy(style: str) -> str:
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    return f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+
+
+def _style(text: str) -> Element:
+    style = element("style")
+    style.text = text  # our own, and as it is, because its hash must fit
+    return style
+
+
+def _footer(reports: Sequence[Report]) -> str:
+    return (
+        f"Written by seer report from {', '.join(report.subject.path for report in reports)}. Tail: the last tenth of "
+        "the samples to finish; tail time runs from the moment nine tenths have finished to the end. Times leave out "
+        "the pauses between an interruption and its resumption."
+    )
+
+
+def _comparison(reports: Sequence[Report]) -> Element:
+    first = reports[0]
+    rows = [
+        [
+            fact.name,
+            fact.said(first),
+            *(element("td", fact.said(r), element("span", fact.against(r, first))) for r in reports[1:]),
+        ]
+        for fact in facts_of(*reports)
+    ]
+    heads = ["", *(element("bdi", report.subject.name) for report in reports)]
+    policies = ["policy", *(report.subject.policy for report in reports)]
+    return element(
+        "header",
+        element("h1", f"{len(reports)} runs side by side"),
+        element(
+            "p", f"Small figures are multiples of those of the first run, {visible(first.subject.name)}.", class_="soft"
+        ),
+        table(heads, [policies, *rows]),
+        element(
+            "div",
+            figure("Samples finished over time", "Share of each run's samples.", comparison_chart(reports)),
+            class_="plots",
+        ),
+    )
+
+
+def _run(report: Report, *, alone: bool) -> Element:
+    subject = report.subject
+    heading = element("h1", "Rollout ", element("bdi", subject.name))
+    cards = [
+        element(
+            "div",
+            element("dt", fact.name),
+            element("dd", fact.said(report)),
+            element("dd", fact.meaning, class_="meaning"),
+        )
+        for fact in facts_of(report)
+    ]
+    top = element(
+        "header" if alone else "section",
+        heading,
+        _badges(report),
+        *(element("p", problem, class_="problem") for problem in subject.problems),
+        _description(subject),
+        element("dl", *cards, class_="cards"),
+    )
+    return element("main" if not alone else "div", top, element("main" if alone else "div", *sections(report)))
+
+
+def _badges(report: Report) -> Element:
+    subject = report.subject
+    ended = subject.status == "done" and not report.figures.failed
+    return element(
+        "p",
+        element("span", subject.status, class_=f"badge {'good' if ended else 'bad'}"),
+        element(
+            "span", "on-policy" if subject.on_policy else "off-policy",
+            class_=f"badge {'good' if subject.on_policy else 'bad'}",
+        ),
+    )  # fmt: skip
+
+
+def _description(subject: Subject) -> Element:
+    said = {
+        "Run": f"{subject.run}, seed {subject.seed}, Seer {subject.version}",
+        "Started": moment(subject.started) + (f", resumed {subject.resumed} times" if subject.resumed else ""),
+        "Prompts": f"{count(subject.groups)} groups of {subject.n} from {subject.dataset}",
+        "Model": ", ".join(subject.models) or "not recorded yet",
+        "Engines": f"{len(subject.engines)}, policy {subject.policy}"
+        if subject.engines
+        else f"policy {subject.policy}",
+    }
+    pairs = [pair for name, text in said.items() for pair in (element("dt", name), element("dd", element("bdi", text)))]
+    return element("dl", *pairs, class_="run")
