@@ -11,15 +11,12 @@ import msgspec
 import typer
 
 from seer_async.errors import StorageError
-from seer_async.report import html_page, markdown_page, read_run, report_on
+from seer_async.report import html_page, mark, markdown_page, read_run, report_on
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from seer_async.report import Report
-
-_MARKS = (b'content="seer report"', b"<!-- seer report -->", b'{"seer_report":')  # how our files begin
-_HEAD = 400
 
 
 class Format(StrEnum):
@@ -76,7 +73,7 @@ def _names(runs: Sequence[Path]) -> list[str]:
 
 def _written(reports: Sequence[Report], format_: Format) -> bytes:
     if format_ is Format.JSON:
-        return msgspec.json.encode({"seer_report": 1, "runs": reports}) + b"\n"
+        return msgspec.json.encode({mark.JSON: 1, "runs": reports}) + b"\n"
     return (html_page(reports) if format_ is Format.HTML else markdown_page(reports)).encode()
 
 
@@ -94,5 +91,4 @@ def _write(path: Path, text: bytes, *, force: bool) -> None:
 
 def _is_report(path: Path) -> bool:
     with path.open("rb") as file:
-        head = file.read(_HEAD)
-    return any(mark in head for mark in _MARKS)
+        return mark.is_report(file.read(mark.HEAD))

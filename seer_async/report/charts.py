@@ -24,7 +24,7 @@ _NAME = 28
 
 
 def _percent(label: str, high: float = 1.0) -> Axis:
-    return Axis(high, label, "{:.0%}".format, step=0.25 if high == 1 else None)
+    return Axis(high, label, lambda value: f"{100 * value:g}%", step=0.25 if high == 1 else None)
 
 
 def completion_chart(report: Report) -> Element:

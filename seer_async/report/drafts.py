@@ -23,8 +23,8 @@ _LEAST_DRAFTED = 20  # tokens between two points; a share of fewer is noise
 class Drafts(msgspec.Struct, frozen=True, kw_only=True):
     """Drafting during a run: counts of drafts and tokens, and both rates over time as (seconds, value).
 
-    `acceptance` is the share of drafted tokens that was accepted, `lengths` the tokens that a verified draft brought, the
-    bonus token included.
+    `acceptance` is the share of drafted tokens that was accepted, `lengths` the tokens that a verified draft brought,
+    the bonus token included.
     """
 
     verified: int

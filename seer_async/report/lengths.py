@@ -35,8 +35,8 @@ class Lengths(msgspec.Struct, frozen=True, kw_only=True):
     """All groups, from the shortest mean to the longest.
 
     `dots` are (rank of the group, length of one response); `mean`, `median`, `p90` and `longest` are over all
-    responses, in tokens. `correlation` is the intra-class correlation of lengths and `log_correlation` that of their logarithms: 0 by
-    chance, 1 where siblings are equally long, None where too little has finished to tell.
+    responses, in tokens. `correlation` is the intra-class correlation of lengths and `log_correlation` that of their
+    logarithms: 0 by chance, 1 where siblings are equally long, None where too little has finished to tell.
     """
 
     groups: list[Group]

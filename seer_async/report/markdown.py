@@ -9,6 +9,7 @@ import re
 from typing import TYPE_CHECKING
 
 from seer_async.report.facts import facts_of
+from seer_async.report.mark import MARKDOWN
 from seer_async.report.words import count, moment, number, share, visible
 
 if TYPE_CHECKING:
@@ -16,13 +17,12 @@ if TYPE_CHECKING:
 
     from seer_async.report.report import Report
 
-MARK = "<!-- seer report -->"
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~&!@:])")
 
 
 def markdown_page(reports: Sequence[Report]) -> str:
     """One table of all runs, and a few lines on each."""
-    return "\n".join([MARK, *_comparison(reports), *(line for report in reports for line in _run(report))]) + "\n"
+    return "\n".join([MARKDOWN, *_comparison(reports), *(line for report in reports for line in _run(report))]) + "\n"
 
 
 def _comparison(reports: Sequence[Report]) -> Iterator[str]:

@@ -11,6 +11,7 @@ import hashlib
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
+from seer_async.report import mark
 from seer_async.report.charts import comparison_chart
 from seer_async.report.element import Element, element, to_html
 from seer_async.report.facts import facts_of
@@ -19,25 +20,26 @@ from seer_async.report.tables import table
 from seer_async.report.words import count, moment, visible
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
+    from seer_async.report.facts import Fact
     from seer_async.report.report import Report, Subject
-
-MARK = "seer report"
 
 
 def html_page(reports: Sequence[Report]) -> str:
     """A page on one run, or on several side by side and then one after the other."""
     style = files("seer_async.report").joinpath("style.css").read_text(encoding="utf-8")
     title = " | ".join(visible(report.subject.name) for report in reports[:4])
-    body = [_comparison(reports)] if len(reports) > 1 else []
-    body += [_run(report, alone=len(reports) == 1) for report in reports]
+    if len(reports) == 1:
+        body = [element("header", *_top(reports[0])), element("main", *sections(reports[0]))]
+    else:
+        body = [_comparison(reports), element("main", *(_one_of(report) for report in reports))]
     page = element(
         "html",
         element(
             "head",
             element("meta", charset="utf-8"),
-            element("meta", name="generator", content=MARK),
+            element("meta", name="generator", content=mark.HTML),
             element("meta", http_equiv="Content-Security-Policy", content=_policy(style)),
             element("meta", name="referrer", content="no-referrer"),
             element("meta", name="viewport", content="width=device-width, initial-scale=1"),
@@ -96,27 +98,22 @@ def _comparison(reports: Sequence[Report]) -> Element:
     )
 
 
-def _run(report: Report, *, alone: bool) -> Element:
-    subject = report.subject
-    heading = element("h1", "Rollout ", element("bdi", subject.name))
-    cards = [
-        element(
-            "div",
-            element("dt", fact.name),
-            element("dd", fact.said(report)),
-            element("dd", fact.meaning, class_="meaning"),
-        )
-        for fact in facts_of(report)
-    ]
-    top = element(
-        "header" if alone else "section",
-        heading,
-        _badges(report),
-        *(element("p", problem, class_="problem") for problem in subject.problems),
-        _description(subject),
-        element("dl", *cards, class_="cards"),
-    )
-    return element("main" if not alone else "div", top, element("main" if alone else "div", *sections(report)))
+def _one_of(report: Report) -> Element:
+    return element("article", *_top(report), *sections(report))
+
+
+def _top(report: Report) -> Iterator[Element]:
+    """What was run, and the key figures."""
+    yield element("h1", "Rollout ", element("bdi", report.subject.name))
+    yield _badges(report)
+    yield from (element("p", problem, class_="problem") for problem in report.subject.problems)
+    yield _description(report.subject)
+    yield element("dl", *(_card(fact, report) for fact in facts_of(report)), class_="cards")
+
+
+def _card(fact: Fact, report: Report) -> Element:
+    value = element("dd", fact.said(report))
+    return element("div", element("dt", fact.name), value, element("dd", fact.meaning, class_="meaning"))
 
 
 def _badges(report: Report) -> Element:

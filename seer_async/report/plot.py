@@ -62,8 +62,9 @@ def nice_step(span: float, most: int) -> float:
 
 def time_axis(seconds: float) -> Axis:
     """The run's time, in the unit that fits."""
+    seconds = max(seconds, 1e-3)
     size, unit = (3600, "hours") if seconds > 7200 else (60, "minutes") if seconds > 300 else (1, "seconds")  # noqa: PLR2004 - two hours, five minutes
-    step = size * nice_step(max(seconds, 1e-3) / size, _TICKS)
+    step = size * nice_step(seconds / size, _TICKS)
     return Axis(seconds, unit, lambda value: f"{value / size:g}", step=step, tight=True)
 
 

@@ -12,6 +12,8 @@ _MINUTE, _HOUR = 60.0, 3600.0
 
 def visible(text: str, most: int = _MOST_SHOWN) -> str:
     """Foreign text without what a page would obey or hide: no control or bidi characters, no stacked marks."""
+    if len(text) <= most and text.isascii() and text.isprintable():
+        return text
     kept = unicodedata.normalize("NFC", text[: 4 * most])
     shown = "".join(c if c.isprintable() else "\ufffd" for c in kept if unicodedata.category(c) not in {"Mn", "Me"})
     return shown if len(shown) <= most else shown[: most - 1] + "\N{HORIZONTAL ELLIPSIS}"
