@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
-from seer_async.report.plot import Axis, Plot, stairs, time_axis
+from seer_async.report.plot import Axis, Plot, nice_step, stairs, time_axis
 from seer_async.report.words import count, duration, number, share, visible
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from seer_async.report.thin import Point
     from seer_async.report.timeline import EngineLine
 
+_GRID = 4  # lines of the KV axis, which the other axis shares
 SERIES = 6  # line styles that can be told apart
 _NAME = 28
 
@@ -137,12 +139,15 @@ def drafts_chart(report: Report, drafts: Drafts) -> Element:
 
 def _kv_plot(title: str, report: Report, running: Sequence[Point], said: str) -> Plot:
     most = max((value for _, value in running), default=1.0)
-    requests = Axis(most, "running", count, step=max(1.0, -(-most // 4)))
+    step = math.ceil(nice_step(max(1.0, most), _GRID))
+    requests = Axis(_GRID * step, "running", count, step=step)
     return Plot(title, said, time_axis(report.completion.seconds), _percent("KV"), y2=requests, height=220)
 
 
 def _numbers(chunks: Chunks) -> Axis:
-    return Axis(max(1, len(chunks.classes) and chunks.classes[-1].last + 1), "chunk", count, tight=True, whole=True)
+    return Axis(
+        max(1, len(chunks.classes) and chunks.classes[-1].last + 1), "chunk", count, tight=True, whole=True, cells=True
+    )
 
 
 def _mark_pauses(plot: Plot, pauses: Sequence[float]) -> None:

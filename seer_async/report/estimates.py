@@ -71,7 +71,7 @@ def estimates(run: Run) -> Estimates:
 
 def limit_of(run: Run, prompt_tokens: int) -> int:
     """The most tokens a response may have: as configured, and as far as the engines' context reaches."""
-    room = [engine["max_model_len"] - prompt_tokens for engine in run.engine_infos]
+    room = [int(engine["max_model_len"]) - prompt_tokens for engine in run.engine_infos]
     return min([int(run.setting("sampling", "max_tokens") or 0), *room])
 
 

@@ -55,8 +55,13 @@ FACTS = (
     Fact("Mean length", "of finished responses, in tokens", lambda r: r.lengths.mean, count),
     Fact("Length correlation", "within groups: 0 by chance, 1 if alike", lambda r: r.lengths.correlation, number),
 )
+_MISHAPS = {"Failed", "Not finished", "Restarts"}
 
 
 def facts_of(*reports: Report) -> list[Fact]:
-    """The figures that at least one of the reports has."""
-    return [fact for fact in FACTS if any(fact.value(report) is not None for report in reports)]
+    """The figures that at least one of the reports has; of mishaps, those that happened."""
+    return [fact for fact in FACTS if any(_tells(fact, fact.value(report)) for report in reports)]
+
+
+def _tells(fact: Fact, value: float | None) -> bool:
+    return value is not None and (value > 0 or fact.name not in _MISHAPS)

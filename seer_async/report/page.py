@@ -16,7 +16,7 @@ from seer_async.report.charts import comparison_chart
 from seer_async.report.element import Element, element, to_html
 from seer_async.report.facts import facts_of
 from seer_async.report.sections import figure, sections
-from seer_async.report.tables import table
+from seer_async.report.tables import Cell, table
 from seer_async.report.words import count, moment, visible
 
 if TYPE_CHECKING:
@@ -73,29 +73,28 @@ def _footer(reports: Sequence[Report]) -> str:
 
 def _comparison(reports: Sequence[Report]) -> Element:
     first = reports[0]
-    rows = [
-        [
-            fact.name,
-            fact.said(first),
-            *(element("td", fact.said(r), element("span", fact.against(r, first))) for r in reports[1:]),
-        ]
-        for fact in facts_of(*reports)
+    rows: list[list[Cell]] = [
+        [fact.name, fact.said(first), *(_beside(fact, r, first) for r in reports[1:])] for fact in facts_of(*reports)
     ]
-    heads = ["", *(element("bdi", report.subject.name) for report in reports)]
-    policies = ["policy", *(report.subject.policy for report in reports)]
+    heads: list[Cell] = ["", *(element("bdi", report.subject.name) for report in reports)]
+    policies: list[Cell] = ["Policy", *(report.subject.policy for report in reports)]
     return element(
         "header",
         element("h1", f"{len(reports)} runs side by side"),
         element(
             "p", f"Small figures are multiples of those of the first run, {visible(first.subject.name)}.", class_="soft"
         ),
-        table(heads, [policies, *rows]),
         element(
             "div",
+            table(heads, [policies, *rows]),
             figure("Samples finished over time", "Share of each run's samples.", comparison_chart(reports)),
-            class_="plots",
+            class_="beside",
         ),
     )
+
+
+def _beside(fact: Fact, report: Report, first: Report) -> Element:
+    return element("td", fact.said(report), element("span", fact.against(report, first)))
 
 
 def _one_of(report: Report) -> Element:
@@ -132,7 +131,7 @@ def _badges(report: Report) -> Element:
 def _description(subject: Subject) -> Element:
     said = {
         "Run": f"{subject.run}, seed {subject.seed}, Seer {subject.version}",
-        "Started": moment(subject.started) + (f", resumed {subject.resumed} times" if subject.resumed else ""),
+        "Started": moment(subject.started) + _resumed(subject.resumed),
         "Prompts": f"{count(subject.groups)} groups of {subject.n} from {subject.dataset}",
         "Model": ", ".join(subject.models) or "not recorded yet",
         "Engines": f"{len(subject.engines)}, policy {subject.policy}"
@@ -141,3 +140,7 @@ def _description(subject: Subject) -> Element:
     }
     pairs = [pair for name, text in said.items() for pair in (element("dt", name), element("dd", element("bdi", text)))]
     return element("dl", *pairs, class_="run")
+
+
+def _resumed(times: int) -> str:
+    return f", resumed {'once' if times == 1 else f'{times} times'}" if times else ""

@@ -24,7 +24,10 @@ _TICKS = 5
 
 
 class Axis:
-    """Data from 0 (or `low`) to `high`, laid over pixels; `high` is rounded up to a tick unless `tight`."""
+    """Data from 0 (or `low`) to `high`, laid over pixels; `high` is rounded up to a tick unless `tight`.
+
+    With `whole`, ticks are whole numbers; with `cells`, a number's label stands in the middle of its cell [n, n + 1).
+    """
 
     def __init__(
         self,
@@ -36,11 +39,13 @@ class Axis:
         step: float | None = None,
         tight: bool = False,
         whole: bool = False,
+        cells: bool = False,
     ) -> None:
         high = high if math.isfinite(high) and high > low else low + 1
         step = step or nice_step(high - low, _TICKS)
-        self.step = max(1.0, step) if whole else step
+        self.step = float(max(1, math.ceil(step))) if whole else step
         self.low, self.label, self.say = low, label, say
+        self.shift = 0.5 if cells else 0.0
         self.high = high if tight else low + self.step * max(1, math.ceil((high - low) / self.step - 1e-9))
         self.start, self.end = 0.0, 1.0
 
@@ -51,7 +56,8 @@ class Axis:
 
     def ticks(self) -> list[float]:
         """Where the axis is labelled."""
-        return [self.low + i * self.step for i in range(int((self.high - self.low) / self.step + 1e-9) + 1)]
+        last = self.high - self.low - self.shift
+        return [self.low + i * self.step for i in range(int(last / self.step + 1e-9) + 1)]
 
 
 def nice_step(span: float, most: int) -> float:
@@ -149,7 +155,7 @@ class Plot:
             self._draw(f"M{_LEFT} {y:g}H{WIDTH - self._right}", "grid" if y < floor else "axis")
             self._svg.append(_label(self.y.say(value), _LEFT - 7, y + 4, "end", "tick"))
         for value in self.x.ticks():
-            x = self.x(value)
+            x = self.x(value + self.x.shift)
             self._draw(f"M{x:g} {floor}v4", "axis")
             self._svg.append(_label(self.x.say(value), x, floor + 18, "middle", "tick"))
         for value in self.y2.ticks() if self.y2 else ():

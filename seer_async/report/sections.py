@@ -58,6 +58,7 @@ def _ends(report: Report) -> Iterator[Element]:
     plots = []
     if report.completion.ended:
         words = "Share of all samples that have ended; the shaded end is the tail, the last tenth to finish."
+        words += " Dashes without shade: interrupted and resumed." if report.pauses else ""
         plots.append(figure("Samples finished over time", words, completion_chart(report)))
     if report.lengths.groups:
         plots.append(figure("Length by group", _correlation(report), lengths_chart(report.lengths)))
@@ -111,23 +112,22 @@ def _fleet(report: Report) -> Iterator[Element]:
 
 def _chunks(report: Report) -> Iterator[Element]:
     chunks, estimates = report.chunks, report.estimates
-    plots = [
-        figure("Migrations", f"Share of the chunks of each number that moved: {_moved(report)}.", moves_chart(chunks)),
-        figure("Queue wait", "Time in the Request Buffer. Dark: median. Light: 90th percentile.", waits_chart(chunks)),
+    moved = f"Share of the chunks of each number that moved: {chunks.moved:,} of {chunks.count:,}."
+    plots = [figure("Migrations", moved, moves_chart(chunks))] if chunks.moved else []
+    plots += [
+        figure("Queue wait", "Time in the Request Buffer. Strong: median. Pale: 90th percentile.", waits_chart(chunks)),
     ]
     if estimates.dots:
         plots.append(figure("Estimate against length", _estimated(report), estimates_chart(estimates)))
     yield _plots(*plots)
+    if not chunks.moved:
+        yield element("p", "No chunk ran on another engine than the one before.")
     if not estimates.dots:
         yield element("p", "No response was dispatched after a sibling had finished, so there was nothing to estimate.")
     if chunks.routes:
         yield folded("Moves between engines", _routes(report))
     heads = ["Chunk", "Chunks", "Moved", "Wait, median s", "90th percentile s", "Longest s"]
     yield folded("Chunks by number", table(heads, [_chunk_row(c) for c in chunks.classes]))
-
-
-def _moved(report: Report) -> str:
-    return f"{report.chunks.moved:,} of {report.chunks.count:,}"
 
 
 def _estimated(report: Report) -> str:

@@ -1,7 +1,8 @@
 """The fleet over time: each engine's KV and its running requests.
 
-Running requests are exact, from the chunks' own times; KV is what engines reported, about once a second. An engine is
-idle while no call that succeeded was in flight there.
+KV is what engines reported, about once a second. Running requests are exact, from the chunks' own times; in a run that
+has not ended, calls in flight are no chunks yet, so there they are what the core counted, about once a second, too. An
+engine is idle while no call that succeeded was in flight there.
 """
 
 from __future__ import annotations
@@ -59,7 +60,12 @@ class Timeline(msgspec.Struct, frozen=True, kw_only=True):
 def timeline(run: Run, elapsed: Elapsed, seconds: float) -> Timeline:
     """The fleet during the `seconds` that the run took."""
     spans, tokens = _work(run, elapsed)
-    kv = _kv(run, elapsed)
+    kv = _read(run, elapsed, "kv_used")
+    running = {name: _steps(own) for name, own in spans.items()}
+    together = _steps([span for own in spans.values() for span in own])
+    if run.info.status != "done":
+        running = _read(run, elapsed, "in_flight")
+        together = [(elapsed.at(r.now), float(sum(e.in_flight for e in r.engines))) for r in run.readings]
     names = sorted({*spans, *kv}, key=_natural)
     shown = len(names) <= _FEW
     engines = [
@@ -70,10 +76,10 @@ def timeline(run: Run, elapsed: Elapsed, seconds: float) -> Timeline:
             idle=max(0.0, 1 - _busy(spans[name]) / seconds) if seconds else 0.0,
             kv_mean=_mean_over_time(kv[name], seconds),
             kv_peak=max((used for _, used in kv[name]), default=0.0),
-            running_peak=int(max((count for _, count in _steps(spans[name])), default=0)),
+            running_peak=int(max((count for _, count in running.get(name, ())), default=0)),
             preemptions=_preemptions(run, name),
             kv=thin_line(kv[name], _MOST_POINTS) if shown else [],
-            running=thin_line(_steps(spans[name]), _MOST_POINTS) if shown else [],
+            running=thin_line(running.get(name, []), _MOST_POINTS) if shown else [],
         )
         for name in names
     ]
@@ -83,7 +89,7 @@ def timeline(run: Run, elapsed: Elapsed, seconds: float) -> Timeline:
         kv_mean=thin_line([(time, sum(used) / len(used)) for time, used in readings], _MOST_POINTS),
         kv_low=thin_line([(time, min(used)) for time, used in readings], _MOST_POINTS),
         kv_high=thin_line([(time, max(used)) for time, used in readings], _MOST_POINTS),
-        running=thin_line(_steps([span for own in spans.values() for span in own]), _MOST_POINTS),
+        running=thin_line(together, _MOST_POINTS),
     )
 
 
@@ -97,12 +103,13 @@ def _work(run: Run, elapsed: Elapsed) -> tuple[dict[str, list[Span]], dict[str, 
     return spans, tokens
 
 
-def _kv(run: Run, elapsed: Elapsed) -> dict[str, list[Point]]:
-    kv: dict[str, list[Point]] = defaultdict(list)
+def _read(run: Run, elapsed: Elapsed, field: str) -> dict[str, list[Point]]:
+    """A field of each engine's readings, over time."""
+    read: dict[str, list[Point]] = defaultdict(list)
     for reading in run.readings:
         for engine in reading.engines:
-            kv[engine.name].append((elapsed.at(reading.now), engine.kv_used))
-    return kv
+            read[engine.name].append((elapsed.at(reading.now), float(getattr(engine, field))))
+    return read
 
 
 def _preemptions(run: Run, name: str) -> int:

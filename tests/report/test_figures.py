@@ -130,6 +130,15 @@ def test_an_interrupted_run_has_no_tail_yet(tmp_path: Path) -> None:
     assert not report.subject.problems
 
 
+def test_calls_in_flight_show_while_a_run_goes_on(tmp_path: Path) -> None:
+    metrics = [reading(t, {"a": {"in_flight": n}, "b": {"in_flight": 1}}) for t, n in ((0, 3), (4, 2))]
+    path = folder(tmp_path / "r", [sample("g/0", [chunk(0, 10, "a", 0, 2)])], metrics, total=4, status="running")
+    fleet = report_on(read_run(path)).timeline
+    assert fleet.engines[0].running == [(0, 3), (4, 2)]
+    assert fleet.running == [(0, 4), (4, 3)]
+    assert fleet.engines[0].idle == pytest.approx(0.5)
+
+
 def test_counters_and_steps() -> None:
     assert increase([40, 43, 43]) == 3
     assert increase([5, 7, 0, 2]) == 4

@@ -205,7 +205,7 @@ def printed(program: str, page: Path, picture: Path, scheme: int, width: int) ->
     arguments = [
         program, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr",
         f"--user-data-dir={picture.with_suffix('')}", f"--blink-settings=preferredColorScheme={scheme}",
-        f"--window-size={width},3000", f"--screenshot={picture}", page.as_uri(),
+        f"--window-size={width},900", f"--screenshot={picture}", page.as_uri(),
     ]  # fmt: skip
     return subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=True).stderr
 
