@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from seer_async.report.thin import Point
 
 WIDTH = 560
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 26, 44
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 24, 26, 44
 _TICKS = 5
 
 

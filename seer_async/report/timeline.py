@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from seer_async.report.elapsed import Elapsed
-    from seer_async.report.run import Run
+    from seer_async.report.run import EngineReading, Run
 
 _MOST_POINTS = 400
 _FEW = 8  # engines that are shown one by one
@@ -60,12 +60,13 @@ class Timeline(msgspec.Struct, frozen=True, kw_only=True):
 def timeline(run: Run, elapsed: Elapsed, seconds: float) -> Timeline:
     """The fleet during the `seconds` that the run took."""
     spans, tokens = _work(run, elapsed)
-    kv = _read(run, elapsed, "kv_used")
+    read = [(at, r.engines) for r in run.readings if r.engines and (at := elapsed.at(r.now)) <= seconds]
+    kv = _field(read, "kv_used")
     running = {name: _steps(own) for name, own in spans.items()}
     together = _steps([span for own in spans.values() for span in own])
     if run.info.status != "done":
-        running = _read(run, elapsed, "in_flight")
-        together = [(elapsed.at(r.now), float(sum(e.in_flight for e in r.engines))) for r in run.readings]
+        running = _field(read, "in_flight")
+        together = [(at, float(sum(e.in_flight for e in engines))) for at, engines in read]
     names = sorted({*spans, *kv}, key=_natural)
     shown = len(names) <= _FEW
     engines = [
@@ -83,12 +84,12 @@ def timeline(run: Run, elapsed: Elapsed, seconds: float) -> Timeline:
         )
         for name in names
     ]
-    readings = [(elapsed.at(r.now), [e.kv_used for e in r.engines]) for r in run.readings if r.engines]
+    used = [(at, [e.kv_used for e in engines]) for at, engines in read]
     return Timeline(
         engines=engines,
-        kv_mean=thin_line([(time, sum(used) / len(used)) for time, used in readings], _MOST_POINTS),
-        kv_low=thin_line([(time, min(used)) for time, used in readings], _MOST_POINTS),
-        kv_high=thin_line([(time, max(used)) for time, used in readings], _MOST_POINTS),
+        kv_mean=thin_line([(at, sum(each) / len(each)) for at, each in used], _MOST_POINTS),
+        kv_low=thin_line([(at, min(each)) for at, each in used], _MOST_POINTS),
+        kv_high=thin_line([(at, max(each)) for at, each in used], _MOST_POINTS),
         running=thin_line(together, _MOST_POINTS),
     )
 
@@ -103,13 +104,13 @@ def _work(run: Run, elapsed: Elapsed) -> tuple[dict[str, list[Span]], dict[str, 
     return spans, tokens
 
 
-def _read(run: Run, elapsed: Elapsed, field: str) -> dict[str, list[Point]]:
+def _field(read: Sequence[tuple[float, list[EngineReading]]], name: str) -> dict[str, list[Point]]:
     """A field of each engine's readings, over time."""
-    read: dict[str, list[Point]] = defaultdict(list)
-    for reading in run.readings:
-        for engine in reading.engines:
-            read[engine.name].append((elapsed.at(reading.now), float(getattr(engine, field))))
-    return read
+    lines: dict[str, list[Point]] = defaultdict(list)
+    for at, engines in read:
+        for engine in engines:
+            lines[engine.name].append((at, float(getattr(engine, name))))
+    return lines
 
 
 def _preemptions(run: Run, name: str) -> int:

@@ -49,6 +49,13 @@ def test_timeline(report: Report) -> None:
     assert report.timeline.kv_mean[1] == (1, pytest.approx(0.3))
 
 
+def test_readings_after_the_end_do_not_count(tmp_path: Path) -> None:
+    metrics = [reading(t, {"a": {"kv_used": 0.5}}) for t in (0, 1, 2, 30)]
+    engine = report_on(read_run(folder(tmp_path / "r", [sample("g/0", [chunk(0, 5, "a", 0, 2)])], metrics))).timeline
+    assert engine.engines[0].kv_mean == 0.5
+    assert engine.kv_mean[-1] == (2, 0.5)
+
+
 def test_lengths(report: Report) -> None:
     lengths = report.lengths
     assert [(g.id, g.mean) for g in lengths.groups] == [("g", 20), ("h", 20)]
