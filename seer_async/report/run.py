@@ -48,20 +48,13 @@ class Response(msgspec.Struct, frozen=True, kw_only=True):
         """Whether it ended by itself, so that its length is known."""
         return self.finish_reason in _COMPLETE
 
-    @property
-    def moves(self) -> int:
-        """Chunks that ran on another engine than the chunk before them."""
-        return sum(a.engine != b.engine for a, b in zip(self.chunks, self.chunks[1:], strict=False))
-
 
 class EngineReading(msgspec.Struct, frozen=True):
     """One engine in one line of metrics.jsonl; see `snapshot.EngineView`."""
 
     name: str
     kv_used: float = 0.0
-    kv_reserved: float = 0.0
     in_flight: int = 0
-    queued: int = 0
     preemptions: int = 0
 
 
@@ -79,7 +72,6 @@ class Reading(msgspec.Struct, frozen=True):
 
     now: float
     engines: list[EngineReading] = []
-    preemptions: int = 0
     retries: int = 0
     restarts: int = 0
     drafts: DraftReading | None = None
