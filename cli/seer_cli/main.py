@@ -12,6 +12,7 @@ from seer_cli.bench import bench
 from seer_cli.draftserver import draft_server
 from seer_cli.fleet import fleet
 from seer_cli.mock import mock_engine
+from seer_cli.report import report
 from seer_cli.rollout import rollout
 
 app = typer.Typer(
@@ -23,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("rollout")(rollout)
+app.command("report")(report)
 app.command("mock-engine")(mock_engine)
 app.command("draft-server")(draft_server)
 app.add_typer(fleet, name="fleet")
