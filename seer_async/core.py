@@ -310,7 +310,8 @@ class Core:
         call.instance.succeeded()
         assert request.generated == call.generated, "a request's tokens change only through its call"
         if not reply.token_ids:  # aborted on the engine before its first token: someone paused it
-            call.instance.close_for(_BUSY_WAIT_S, self._now)
+            if not self.paused:
+                call.instance.close_for(_BUSY_WAIT_S, self._now)
             self._put_back(request)
             return
         version, mixed = self._version_of(call, reply)
