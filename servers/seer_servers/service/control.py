@@ -44,7 +44,7 @@ class Control:
         pausing = Pausing(service, fanout, self._watch, abort=abort or service.abort)
         weights = Weights(service, fanout, pausing, self._holders)
         pausing.updating = lambda: weights.updating
-        workers = Workers(service, fanout, updating=pausing.updating)
+        workers = Workers(service, fanout, self._watch, updating=pausing.updating)
         nouns = (pausing, weights, self._adapters, Caches(fanout), workers)
         self._routes = [self._to_the_end(route) for noun in nouns for route in noun.routes]
         self._tasks: set[asyncio.Task[None]] = set()

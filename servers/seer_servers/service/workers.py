@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from seer_async.service import Service
     from seer_servers.service.fanout import Fanout
+    from seer_servers.service.watch import Watch
 
 
 class Worker(msgspec.Struct, kw_only=True):
@@ -54,9 +55,10 @@ class AddBody(msgspec.Struct):
 class Workers:
     """The routes under /workers."""
 
-    def __init__(self, service: Service, fanout: Fanout, *, updating: Callable[[], bool]) -> None:
+    def __init__(self, service: Service, fanout: Fanout, watch: Watch, *, updating: Callable[[], bool]) -> None:
         self._service = service
         self._fanout = fanout
+        self._watch = watch
         self._updating = updating
 
     @property
@@ -138,6 +140,7 @@ class Workers:
         return next((name for name, client in self._service.fleet.clients.items() if client.url == url), None)
 
     async def _live(self) -> Collection[str]:
+        await self._watch.look()
         try:
             return await self._fanout.live()
         except ApiError:
