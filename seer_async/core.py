@@ -29,6 +29,7 @@ from seer_async.events import (
     Emit,
     EngineAdded,
     EngineDown,
+    EngineHeld,
     EngineRemoved,
     EngineReport,
     EngineUp,
@@ -162,6 +163,8 @@ class Core:
                 self._engine_down(event.engine, event.reason)
             case RequestsCancelled():
                 self._give_up(event)
+            case EngineHeld():
+                self._hold(self.instances[event.engine], held=event.held)
             case EngineAdded():
                 self.instances[event.engine] = Instance(event.engine, self.config.engine)
             case EngineRemoved():
@@ -251,6 +254,15 @@ class Core:
             self._put_back(self.calls.pop(call).request)
         self.buffer.unpark()
 
+    def _hold(self, instance: Instance, *, held: bool) -> None:
+        if held and not instance.held:
+            for call in [call for call in self.calls.values() if call.instance is instance]:
+                self._out.append(Cancel(call=call.id, engine=instance.name))
+                self._close(call.id)
+                self._put_back(call.request)
+        instance.held = held
+        self.buffer.unpark()
+
     def _observe(self, event: EngineReport) -> None:
         instance = self.instances[event.engine]
         if not instance.up or instance.info is None or event.stats.boot != instance.info.boot:
@@ -298,7 +310,8 @@ class Core:
         call.instance.succeeded()
         assert request.generated == call.generated, "a request's tokens change only through its call"
         if not reply.token_ids:  # aborted on the engine before its first token: someone paused it
-            call.instance.close_for(_BUSY_WAIT_S, self._now)
+            if not self.paused:
+                call.instance.close_for(_BUSY_WAIT_S, self._now)
             self._put_back(request)
             return
         version, mixed = self._version_of(call, reply)
@@ -585,7 +598,8 @@ class Core:
     def _wake_when_needed(self) -> None:
         closed = [i.closed_until for i in self.instances.values() if i.up and i.closed_until > self._now]
         due = closed
-        if self.calls or not self.buffer.open or self.paused:
+        held = any(i.held and i.up for i in self.instances.values())
+        if self.calls or not self.buffer.open or self.paused or held:
             self._idle_since = None
         else:
             self._idle_since = self._now if self._idle_since is None else self._idle_since

@@ -122,6 +122,10 @@ class EngineClient:
         metrics = Metrics(page)
         return metrics.stats(boot=metrics.boot, weight_version=version)
 
+    async def control(self, method: str, path: str, body: bytes | None = None, *, timeout_s: float) -> bytes:
+        """The answer to a control call; `path` includes the query."""
+        return await self._request(method, path, body, timeout_s)
+
     async def pool_counters(self, *, timeout_s: float) -> dict[str, int]:
         """The numbers of the engine's KV pool (see GET /v1/seer/kv/stats); blocks, bytes, tokens, nanoseconds."""
         said = await self._json("GET", "/v1/seer/kv/stats", None, dict[str, int | str], timeout_s)
@@ -263,12 +267,13 @@ def _status_error(response: aiohttp.ClientResponse, path: str, answer: bytes) ->
     message = f"{path} answered {status}: {_message(answer)}"
     retry_after = _seconds(response.headers.get("Retry-After"))
     if status == _BUSY or (status == _UNAVAILABLE and retry_after is not None):
-        return EngineError(FailureKind.BUSY, message, retry_after=retry_after)
+        return EngineError(FailureKind.BUSY, message, retry_after=retry_after, status=status)
     if status == _TIMEOUT:
-        return EngineError(FailureKind.TIMEOUT, message)
+        return EngineError(FailureKind.TIMEOUT, message, status=status)
     if 400 <= status < 500:  # noqa: PLR2004 - HTTP
-        return EngineError(FailureKind.REJECTED, message)
-    return EngineError(FailureKind.SERVER if status >= 500 else FailureKind.BAD_REPLY, message)  # noqa: PLR2004 - HTTP
+        return EngineError(FailureKind.REJECTED, message, status=status)
+    kind = FailureKind.SERVER if status >= 500 else FailureKind.BAD_REPLY  # noqa: PLR2004 - HTTP
+    return EngineError(kind, message, status=status)
 
 
 def _seconds(text: str | None) -> float | None:

@@ -52,6 +52,7 @@ class Instance:
         self.ejections = 0  # in a row
         self.closed_until = 0.0  # on the run's clock; no dispatch before
         self.half_open = False  # one call at a time until one succeeds
+        self.held = False  # paused by others: not failing, but it would not answer
         self.last_error: str | None = None
         self._foreign = 0  # blocks used by others
         self._peak_reserved = 0
@@ -67,7 +68,7 @@ class Instance:
         self.version = info.weight_version
         self.failures = self.ejections = 0
         self.closed_until = 0.0
-        self.half_open = False
+        self.half_open = self.held = False
         self._foreign = self._peak_reserved = 0
         self._trust = 1.0
 
@@ -123,7 +124,7 @@ class Instance:
 
     def usable(self, now: float) -> bool:
         """Whether calls may be sent at all."""
-        return self.up and now >= self.closed_until
+        return self.up and not self.held and now >= self.closed_until
 
     def need(self, request: Request, tokens: int) -> int:
         """KV blocks that a chunk which ends with a sequence of at most `tokens` adds to those reserved."""
