@@ -70,9 +70,9 @@ def _application(parts: Sequence[Part], key: str) -> web.Application:
     async def explained(
         request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
+        if key and request.path not in opened and request.headers.get("Authorization") != f"Bearer {key}":
+            return ApiError(401, "no key").response()
         try:
-            if key and request.path not in opened and request.headers.get("Authorization") != f"Bearer {key}":
-                raise ApiError(401, "no key")
             return await handler(request)
         except ApiError as error:
             return error.response()
@@ -85,7 +85,3 @@ def _application(parts: Sequence[Part], key: str) -> web.Application:
 
 def prompts(count: int) -> list[dict[str, Any]]:
     return [{"id": f"p{number}", "prompt_token_ids": [3 + number, 5, 7, 11 + number]} for number in range(count)]
-
-
-def one_port() -> Iterator[int]:
-    yield from free_ports(1)

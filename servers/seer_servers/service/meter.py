@@ -1,7 +1,8 @@
 """Rates of the fleet over the last ten minutes.
 
-Once a second it notes what the engines say they have generated, so rates are smooth however long chunks are, and include
-what other clients of the same engines ask for. Invariant: the ring holds at most ten minutes; a note costs O(engines).
+Once a second it notes what the engines say they have generated, so rates are smooth however long chunks are, and
+include what other clients of the same engines ask for. Invariant: the ring holds at most ten minutes; a note costs
+O(engines).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter, deque
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -91,10 +93,7 @@ class Meter:
         """Seconds ago, tokens a second, requests in flight; oldest first."""
         notes, now = list(self._notes), time.monotonic()
         ends = notes[len(notes) % _STEP :: _STEP] if len(notes) > _STEP else notes[::_STEP]
-        return [
-            (round(now - last.at, 1), _rate(first, last), last.running)
-            for first, last in zip(ends, ends[1:], strict=False)
-        ]
+        return [(round(now - last.at, 1), _rate(first, last), last.running) for first, last in pairwise(ends)]
 
 
 def _rate(first: _Note, last: _Note) -> float:

@@ -1,7 +1,7 @@
 """The status page at `/`: one file with everything in it, which asks for /v1/status once a second.
 
-Invariants: the page loads nothing from elsewhere, and its policy forbids it; what engines and clients have named reaches
-it as text only. The page itself needs no key and says nothing; /v1/status does.
+Invariants: the page loads nothing from elsewhere, and its policy forbids it; what engines and clients have named
+reaches it as text only. The page itself needs no key and says nothing; /v1/status does.
 """
 
 from __future__ import annotations

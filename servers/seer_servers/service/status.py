@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from bisect import bisect_right
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -69,7 +70,7 @@ class Status:
         """Look now; O(open requests)."""
         service, rates = self._service, self._meter.engine_rates()
         snapshot = service.snapshot()
-        groups = sorted(snapshot.groups, key=_left, reverse=True)
+        groups = sorted(snapshot.groups, key=_by_length, reverse=True)
         rollouts = sorted(self._jobs.statuses(), key=_at_work, reverse=True)
         return FleetStatus(
             time=time.time(),
@@ -94,9 +95,8 @@ class Status:
         )
 
 
-def _left(view: GroupView) -> int:
-    """Estimated tokens of a group's longest open response that are left."""
-    return view.estimate - view.longest * (not view.known)
+def _by_length(view: GroupView) -> tuple[int, int]:
+    return view.estimate, view.total - view.done
 
 
 def _at_work(status: RolloutStatus) -> tuple[bool, float]:
@@ -113,7 +113,7 @@ def lengths_of(lengths: Sequence[int]) -> Lengths:
     return Lengths(
         count=len(found),
         edges=[round(edge, 2) for edge in edges],
-        bins=[after - before for before, after in zip(places, places[1:], strict=False)],
+        bins=[after - before for before, after in pairwise(places)],
         median=_quantile(found, 0.5),
         p90=_quantile(found, 0.9),
         p99=_quantile(found, 0.99),
