@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 class AppendFile:
-    """An open file to append lines to."""
+    """An open file to append lines to; `mode` is that of a new file."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    def __init__(self, path: Path, mode: int = 0o644) -> None:
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, mode)
         self._size = os.fstat(self._file).st_size
 
     def append(self, line: bytes) -> None:

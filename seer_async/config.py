@@ -166,6 +166,25 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         _require(self.stream_chunk_size >= 1, "serve.stream_chunk_size must be at least 1")
 
 
+class JobsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Rollouts that `seer serve` runs as jobs.
+
+    Finished samples are spooled to `folder` (without one, to seer/rollouts in the user's state folder). What has ended
+    is kept for `keep_s` seconds, and for less when all spools together need more than `spool_gib`. At most `max_open`
+    jobs run at once.
+    """
+
+    folder: str | None = None
+    max_open: int = 32
+    keep_s: float = 86_400.0
+    spool_gib: float = 16.0
+
+    def __post_init__(self) -> None:
+        _require(self.max_open >= 1, "jobs.max_open must be at least 1")
+        _require(self.keep_s >= 0, "jobs.keep_s must be 0 or more seconds")
+        _require(self.spool_gib > 0, "jobs.spool_gib must be above 0")
+
+
 class OutputConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What is written into the run folder beside samples.jsonl and the journal."""
 
@@ -188,6 +207,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     fleet: FleetConfig = FleetConfig()
     output: OutputConfig = OutputConfig()
     serve: ServeConfig = ServeConfig()
+    jobs: JobsConfig = JobsConfig()
 
     def __post_init__(self) -> None:
         _require(

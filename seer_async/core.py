@@ -10,7 +10,6 @@ Invariants (checked by `invariants.check` after every event in tests):
 
 from __future__ import annotations
 
-import hashlib
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -50,7 +49,7 @@ from seer_async.instance import Instance
 from seer_async.options import GroupOptions
 from seer_async.policies import find_policy
 from seer_async.request import TERMINAL, Group, Request, State
-from seer_async.sampling import call_params, mix_seed
+from seer_async.sampling import call_params, response_seed
 from seer_async.text import TextStream, whole_text
 from seer_async.types import Chunk, ChunkReply
 
@@ -198,7 +197,7 @@ class Core:
         requests = []
         for number in range(event.n):
             forced = event.forced_lengths[number] if event.forced_lengths else None
-            seed = event.seeds[number] if event.seeds else mix_seed(self.seed, _digest(group.id), first + number)
+            seed = event.seeds[number] if event.seeds else response_seed(self.seed, group.id, first + number)
             requests.append(Request(group, first + number, seed, self._now, forced))
         self.buffer.add(group, requests)
 
@@ -625,10 +624,6 @@ class Core:
     def _stop(self, reason: str) -> None:
         self.stopped = reason
         self._out.append(Stop(reason=reason))
-
-
-def _digest(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
 
 
 def _ended_by_token(reply: ChunkReply) -> bool:

@@ -15,7 +15,7 @@ from seer_async.errors import DatasetError
 from seer_async.types import Message, Prompt
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
 _SOURCES = ("prompt", "messages", "prompt_token_ids")
@@ -34,18 +34,32 @@ def read_dataset(path: Path, limit: int | None = None) -> list[Prompt]:
     Raises:
         DatasetError: A line is wrong, or there is none.
     """
+    return parse_lines(str(path), _lines(path), limit)
+
+
+def parse_lines(name: str, lines: Iterable[tuple[int, bytes]], limit: int | None = None) -> list[Prompt]:
+    """The first `limit` prompts of a dataset's numbered lines; `name` is what errors call it.
+
+    Raises:
+        DatasetError: A line is wrong, or there is none.
+    """
     prompts: list[Prompt] = []
     seen: dict[str, int] = {}
-    for number, line in _lines(path):
+    for number, line in lines:
         if limit is not None and len(prompts) >= limit:
             break
-        prompt = _Line(path, number).prompt(line)
+        prompt = _Line(f"{name}:{number}", number).prompt(line)
         if (first := seen.setdefault(prompt.id, number)) != number:
-            raise DatasetError(f"{path}:{number}: id {prompt.id!r} is already on line {first}; make ids unique")
+            raise DatasetError(f"{name}:{number}: id {prompt.id!r} is already on line {first}; make ids unique")
         prompts.append(prompt)
     if not prompts:
-        raise DatasetError(f"{path} holds no prompts; write one JSON object a line, for example {_EXAMPLE}")
+        raise DatasetError(f"{name} holds no prompts; write one JSON object a line, for example {_EXAMPLE}")
     return prompts
+
+
+def numbered(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Lines with their numbers, from 1, without the blank ones."""
+    return ((number, line) for number, line in enumerate(lines, 1) if line.strip())
 
 
 _EXAMPLE = '{"prompt": "Why is the sky blue?"}'
@@ -54,9 +68,7 @@ _EXAMPLE = '{"prompt": "Why is the sky blue?"}'
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, line
+            yield from numbered(file)
     except OSError as error:
         raise DatasetError(f"cannot read dataset {path}: {error.strerror}") from error
 
@@ -64,12 +76,12 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 class _Line:
     """One line being read; knows how to blame it."""
 
-    def __init__(self, path: Path, number: int) -> None:
-        self._path = path
+    def __init__(self, where: str, number: int) -> None:
+        self._where = where
         self._number = number
 
     def _wrong(self, what: str) -> NoReturn:
-        raise DatasetError(f"{self._path}:{self._number}: {what}")
+        raise DatasetError(f"{self._where}: {what}")
 
     def prompt(self, line: bytes) -> Prompt:
         fields = self._object(line)

@@ -7,6 +7,7 @@ An option that cannot be kept exact over a chunk border is refused, never approx
 
 from __future__ import annotations
 
+import hashlib
 import math
 from typing import Any
 
@@ -102,6 +103,12 @@ def mix_seed(*parts: int) -> int:
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
         state ^= state >> 31
     return state >> 1
+
+
+def response_seed(seed: int, group: str, index: int) -> int:
+    """The seed of response `index` of a group, in a run of this seed."""
+    digest = int.from_bytes(hashlib.blake2b(group.encode(), digest_size=8).digest())
+    return mix_seed(seed, digest, index)
 
 
 def chunk_seed(seed: int, generated: int, *, position_seeds: bool) -> int:

@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import secrets
 import time
-from collections import Counter
+from collections import Counter, deque
 from typing import TYPE_CHECKING, Self
 
 import msgspec
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 _BUSY_RETRY_S = 1.0
 _END_S = 10.0
 _GROUPS_KEPT = 1024
+_LENGTHS_KEPT = 4096
+_ENDED_BY_ITSELF = {"stop", "length"}
 
 
 class Work(msgspec.Struct, frozen=True, kw_only=True):
@@ -174,6 +176,11 @@ class Service:
     def snapshot(self) -> Snapshot:
         """Look at the fleet now."""
         return take_snapshot(self.core, self._clock.now())
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Lengths in tokens of the latest responses that ended by themselves."""
+        return self._desk.lengths
 
     # Work
 
@@ -345,6 +352,7 @@ class _Desk:
         self._tickets: dict[str, tuple[Ticket, int]] = {}
         self._awaited: set[str] = set()  # requests whose end `ended` waits for
         self._ended = asyncio.Event()
+        self.lengths: deque[int] = deque(maxlen=_LENGTHS_KEPT)
 
     def open(self, ticket: Ticket) -> None:
         for index, request in enumerate(ticket.requests):
@@ -387,6 +395,8 @@ class _Desk:
             )
 
     def emit(self, sample: Sample) -> None:
+        if sample.finish_reason in _ENDED_BY_ITSELF:
+            self.lengths.append(len(sample.token_ids))
         if place := self._close(sample.id):
             ticket, index = place
             ticket.push(Piece(index=index, sample=sample))
