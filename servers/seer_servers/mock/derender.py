@@ -53,7 +53,7 @@ class _State(msgspec.Struct):
     role_sent: bool = False
 
 
-class _Request(msgspec.Struct):
+class _Request(msgspec.Struct, frozen=True):
     skip_special_tokens: bool = True
     return_token_ids: bool | None = None
 

@@ -59,7 +59,7 @@ class _Body(msgspec.Struct, kw_only=True):
 class RenderCompletionBody(_Body, kw_only=True):
     """`POST /v1/completions/render`."""
 
-    prompt: str | list[int] | list[str | list[int]]
+    prompt: str | list[int | str | list[int]]
     logprobs: _Logprobs | None = None
 
 
@@ -93,7 +93,7 @@ def rendered_chat(body: RenderChatBody, id_: str, engine: MockEngine) -> dict[st
     return _rendered(body, id_, _ids(text, engine), limit, body.top_logprobs if body.logprobs else None, engine)
 
 
-def _prompts(prompt: str | list[int] | list[str | list[int]]) -> list[str | list[int]]:
+def _prompts(prompt: str | list[int | str | list[int]]) -> list[str | list[int]]:
     if isinstance(prompt, str):
         return [prompt]
     if not prompt:

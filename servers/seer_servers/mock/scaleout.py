@@ -1,4 +1,4 @@
-"""The mock's routes between text and tokens: vLLM's render and derender."""
+"""The mock's routes between text and tokens, vLLM's render and derender, and what it says of itself."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def scale_out_routes(engine: MockEngine) -> list[web.RouteDef]:
-    """The four routes."""
+    """The routes."""
 
     def answered(kind: Any, answer: Callable[[Any, web.Request], Any]) -> Callable[[web.Request], Any]:
         async def handler(request: web.Request) -> web.Response:
@@ -31,7 +31,11 @@ def scale_out_routes(engine: MockEngine) -> list[web.RouteDef]:
     def name(prefix: str, body: Any, request: web.Request) -> str:
         return f"{prefix}-{request.headers.get('X-Request-Id') or body.request_id or uuid.uuid4().hex}"
 
+    async def info(_: web.Request) -> web.Response:
+        return web.json_response({"vllm_config": msgspec.to_builtins(engine.config)})
+
     return [
+        web.get("/server_info", info),
         web.post(
             "/v1/completions/render",
             answered(RenderCompletionBody, lambda b, r: rendered_completions(b, name("cmpl", b, r), engine)),

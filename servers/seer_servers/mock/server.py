@@ -108,7 +108,6 @@ class MockServer:
                 web.get("/v1/seer/info", self._seer_info),
                 web.get("/v1/seer/tokenizer", self._seer_tokenizer),
                 *scale_out_routes(self.engine),
-                web.get("/server_info", self._server_info),
                 web.get("/mock/faults", self._get_faults),
                 web.post("/mock/faults", self._set_faults),
             ]
@@ -184,9 +183,6 @@ class MockServer:
 
     async def _version(self, _request: web.Request) -> web.Response:
         return _json({"version": VLLM_VERSION})
-
-    async def _server_info(self, _request: web.Request) -> web.Response:
-        return _json({"vllm_config": msgspec.to_builtins(self.config)})
 
     async def _models(self, _request: web.Request) -> web.Response:
         card = {

@@ -45,7 +45,7 @@ class App:
         own = Route(method="GET", path="/openapi.json", handler=self._openapi, summary="This document", open=True)
         self.routes = [*(route for part in parts for route in part.routes), own]
         self._open = {(route.method, route.path) for route in self.routes if route.open}
-        self._unheard = set[web.RequestHandler[web.Request]]()
+        self._unheard: set[web.RequestHandler[web.Request]] = set()
         self._document = msgspec.json.encode(document(self.routes))
 
     @contextlib.asynccontextmanager
@@ -159,7 +159,7 @@ def _error(error: Exception) -> ApiError:
         case SeerError():
             return ApiError(503, str(error))
         case web.HTTPException():
-            return ApiError(error.status, error.text or error.reason)
+            return ApiError(error.status, error.reason)
     if isinstance(error, _BAD_JSON):
         return bad_request(f"JSON decode error: {error}")
     _LOG.exception("a request failed", exc_info=error)

@@ -55,7 +55,7 @@ class OpenAiBody(msgspec.Struct, kw_only=True):
 class CompletionBody(OpenAiBody, kw_only=True):
     """`POST /v1/completions`; `logprobs` is the number of alternatives beside each sampled token."""
 
-    prompt: str | list[int] | list[str | list[int]] | None = None
+    prompt: str | list[int | str | list[int]] | None = None
     logprobs: int | None = None
     prompt_embeds: Any = None
 
