@@ -141,7 +141,12 @@ class Service:
             await self._stack.aclose()
             raise
         self.core = Core(
-            self.config, list(self.fleet.clients), run=self.run_id, seed=self._seed, tokenizer=self.tokenizer, lasting=True
+            self.config,
+            list(self.fleet.clients),
+            run=self.run_id,
+            seed=self._seed,
+            tokenizer=self.tokenizer,
+            lasting=True,
         )
         self._info = self.fleet.info
         self._shell = Shell(self.core, self.fleet.clients, self._desk, clock=self._clock, accepts=self.fleet.objection)

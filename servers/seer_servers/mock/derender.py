@@ -1,4 +1,4 @@
-"""The mock's derendering: generated tokens to OpenAI's answers, whole or chunk by chunk, as vLLM's derender routes do it.
+"""The mock's derendering: generated tokens to OpenAI's answers, whole or chunk by chunk, as vLLM's routes do it.
 
 The state that a client carries between the chunks of a response is all its tokens so far; clients must not look inside.
 """

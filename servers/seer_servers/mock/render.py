@@ -1,4 +1,4 @@
-"""The mock's rendering: OpenAI's bodies to token ids and resolved sampling parameters, as vLLM's render routes do it."""
+"""The mock's rendering: OpenAI's bodies to token ids and resolved sampling parameters, as vLLM's routes do it."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def rendered_completions(body: RenderCompletionBody, id_: str, engine: MockEngin
     names = [id_] if len(prompts) == 1 else [f"{id_}-{number}" for number in range(len(prompts))]
     limit = body.max_tokens or _COMPLETION_TOKENS
     return [
-        _rendered(body, name, _ids(prompt, engine), limit, body.logprobs, engine)
+        _rendered(body, name, _ids(prompt, engine), engine, limit=limit, logprobs=body.logprobs)
         for name, prompt in zip(names, prompts, strict=True)
     ]
 
@@ -90,7 +90,8 @@ def rendered_chat(body: RenderChatBody, id_: str, engine: MockEngine) -> dict[st
     check_model(body.model, engine)
     text = render_chat(body.messages, add_generation_prompt=body.add_generation_prompt)
     limit = body.max_completion_tokens or body.max_tokens
-    return _rendered(body, id_, _ids(text, engine), limit, body.top_logprobs if body.logprobs else None, engine)
+    logprobs = body.top_logprobs if body.logprobs else None
+    return _rendered(body, id_, _ids(text, engine), engine, limit=limit, logprobs=logprobs)
 
 
 def _prompts(prompt: str | list[int | str | list[int]]) -> list[str | list[int]]:
@@ -115,7 +116,7 @@ def _ids(prompt: str | list[int], engine: MockEngine) -> list[int]:
 
 
 def _rendered(
-    body: _Body, id_: str, ids: list[int], limit: int | None, logprobs: int | None, engine: MockEngine
+    body: _Body, id_: str, ids: list[int], engine: MockEngine, *, limit: int | None, logprobs: int | None
 ) -> dict[str, Any]:
     room = engine.config.max_model_len - len(ids)
     if room < (limit or 1):

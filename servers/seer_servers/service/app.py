@@ -32,7 +32,6 @@ _BACKLOG = 4096
 _LINE, _HEADERS = 8190, 100  # bytes of a header line, and their number
 _REQUEST_ID = "X-Request-Id"
 _MIB = 1 << 20
-_BAD_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 class App:
@@ -45,7 +44,7 @@ class App:
         own = Route(method="GET", path="/openapi.json", handler=self._openapi, summary="This document", open=True)
         self.routes = [*(route for part in parts for route in part.routes), own]
         self._open = {(route.method, route.path) for route in self.routes if route.open}
-        self._unheard: set[web.RequestHandler[web.Request]] = set()
+        self._unheard: set[web.RequestHandler] = set()
         self._document = msgspec.json.encode(document(self.routes))
 
     @contextlib.asynccontextmanager
@@ -82,10 +81,11 @@ class App:
     async def _listen(self, runner: web.AppRunner) -> asyncio.Server:
         loop = asyncio.get_running_loop()
         host, port = self._config.host, self._config.port
-        assert runner.server is not None
+        accept = runner.server
+        assert accept is not None
 
         def connected() -> asyncio.Protocol:
-            protocol: web.RequestHandler[web.Request] = runner.server()
+            protocol = accept()
             self._unheard.add(protocol)
             loop.call_later(self._config.keep_alive_s, self._hang_up, protocol)
             return protocol
@@ -94,9 +94,11 @@ class App:
             return await loop.create_server(connected, host, port, backlog=_BACKLOG)
         except OSError as error:
             await runner.cleanup()
-            raise SeerError(f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port") from error
+            raise SeerError(
+                f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port"
+            ) from error
 
-    def _hang_up(self, protocol: web.RequestHandler[web.Request]) -> None:
+    def _hang_up(self, protocol: web.RequestHandler) -> None:
         """Close a connection that has not sent a whole request head by now; aiohttp watches only later ones."""
         if protocol in self._unheard:
             self._unheard.discard(protocol)
@@ -147,21 +149,19 @@ async def _explained(request: web.Request, handler: Handler) -> web.StreamRespon
         return _error(error).response()
 
 
-def _error(error: Exception) -> ApiError:
+def _error(error: Exception) -> ApiError:  # noqa: PLR0911 - a table
     """What a client is told of an error."""
     match error:
         case ApiError():
             return error
         case BusyError():
             return ApiError(429, str(error), retry_after=error.retry_after)
-        case RefusedError():
+        case RefusedError() | msgspec.DecodeError() | UnicodeDecodeError() | RecursionError():
             return bad_request(str(error))
         case SeerError():
             return ApiError(503, str(error))
         case web.HTTPException():
             return ApiError(error.status, error.reason)
-    if isinstance(error, _BAD_JSON):
-        return bad_request(f"JSON decode error: {error}")
     _LOG.exception("a request failed", exc_info=error)
     return ApiError(500, "an error in the service; its log says more")
 

@@ -1,4 +1,4 @@
-"""`POST /inference/v1/generate`: token ids in, token ids out. No text is needed, so no engine is asked but for tokens."""
+"""`POST /inference/v1/generate`: token ids in, token ids out, so engines are asked for nothing but tokens."""
 
 from __future__ import annotations
 
@@ -84,12 +84,7 @@ class _Answer:
             created=int(time.time()),
             usage=usage([self._body.token_ids], sum(len(sample.token_ids) for sample in samples)),
             prompt_token_ids=self._body.token_ids if self._body.return_token_ids else None,
-            choices=[
-                self._choice(
-                    index, tokens_of(sample), sample
-                )
-                for index, sample in enumerate(samples)
-            ],
+            choices=[self._choice(index, tokens_of(sample), sample) for index, sample in enumerate(samples)],
         )
         return json_reply(reply)
 

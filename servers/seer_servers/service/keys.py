@@ -1,7 +1,7 @@
 """Who may call: bearer keys, compared in constant time, replaced without a restart.
 
-Invariant: keys are kept as digests only, and never appear in a message. A key file that cannot be read, or holds no key,
-changes nothing: the keys of before stay valid.
+Invariant: keys are kept as digests only, and never appear in a message. A key file that cannot be read, or holds no
+key, changes nothing: the keys of before stay valid.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Keys:
             raise ConfigError(f"serve.api_key_file: {self._file} cannot be read or holds no key")
         if not self and not _is_loopback(config.host):
             raise ConfigError(
-                f"--host {config.host} can be reached from elsewhere: set --api-key-env (or serve.api_key_file), or use "
-                "127.0.0.1"
+                f"--host {config.host} can be reached from elsewhere: set --api-key-env (or serve.api_key_file), "
+                "or use 127.0.0.1"
             )
 
     def __bool__(self) -> bool:

@@ -1,4 +1,4 @@
-"""Questions that any engine answers alike: ask one that is up, the next one on failure, and give the answer as it is."""
+"""Questions that any engine answers alike: ask one that is up, on failure the next, and give the answer as it is."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What a stream tells: steps of many responses, as they come, and the text that may be told of them already.
 
-Invariants: the steps of a response, concatenated, are its sample; the last one, and no other, brings the sample. No text
-leaves that could belong to a stop string.
+Invariants: the steps of a response, concatenated, are its sample; the last one, and no other, brings the sample. No
+text leaves that could belong to a stop string.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The words of logprobs: how an engine's tokenizer writes single tokens, with its care for characters of several tokens."""
+"""The words of logprobs: how an engine's tokenizer writes single tokens, and characters of several tokens."""
 
 from __future__ import annotations
 
