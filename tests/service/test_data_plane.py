@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING
 import pytest
 
 from seer_servers.mock.tokenizer import byte_tokenizer
-from tests.service.server import CHAT, COMPLETIONS, GENERATE, MESSAGES, PROMPT, events, long_seed, post, reference, served
+from tests.service.server import (
+    CHAT,
+    COMPLETIONS,
+    GENERATE,
+    MESSAGES,
+    PROMPT,
+    events,
+    long_seed,
+    post,
+    reference,
+    served,
+)
 
 if TYPE_CHECKING:
     from tests.live.engines import MockProcess

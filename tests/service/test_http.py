@@ -134,7 +134,9 @@ async def test_clients_that_say_nothing(engines: list[MockProcess]) -> None:
         writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n")
         assert await asyncio.wait_for(silent.read(), 5) == b""
         slow, body = await asyncio.open_connection(host, port)
-        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+        head = (
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+        )
         body.write(head)
         assert (await asyncio.wait_for(slow.readline(), 5)).startswith(b"HTTP/1.1 408")
         for each in (writer, body):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -79,6 +80,7 @@ class Health:
             "seer_migrations_total": (snapshot.migrations, "Chunks on another engine than the one before"),
             "seer_retries_total": (snapshot.retries, "Calls that failed"),
             "seer_restarts_total": (snapshot.restarts, "Responses begun again under other weights"),
+            "seer_process_cpu_seconds_total": (time.process_time(), "CPU time of the service itself"),
             "seer_pooled_tokens_total": (core.pooled, "Tokens of prefixes that came from a KV pool"),
         }
         for kind, figures in (("gauge", gauges), ("counter", counters)):
