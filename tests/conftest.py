@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 POOL_BYTES = 1 << 30
 START_AND_TEST_S = 600  # two engines and the tests share what may be two busy cores
-WITH_ENGINES = tuple(f"tests/vllm/test_{of}.py" for of in ("drafting", "exactness", "kvpool", "mooncake", "rollout"))
+WITH_ENGINES = tuple(
+    f"tests/vllm/test_{of}.py" for of in ("drafting", "exactness", "kvpool", "mooncake", "rollout", "serve")
+)
 
 
 class _TwoLanes(LoadScopeScheduling):

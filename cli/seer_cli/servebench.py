@@ -14,7 +14,6 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-import aiohttp
 import msgspec
 
 from seer_async.engine import engine_session
@@ -24,6 +23,8 @@ from seer_servers.fleet import free_ports
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
+    import aiohttp
 
 _PATH = "/v1/completions"
 _PROMPT_TOKENS = 64
@@ -43,12 +44,18 @@ class _Reply(msgspec.Struct):
 
 async def measure_serve(*, prompts: int, n: int, chunk: int, engines: int, turns: int) -> dict[str, Any]:
     """Figures by name; see the module docstring."""
-    async with mock_engine_processes(engines, 1024, step_ms=20.0) as urls, _service(urls, chunk) as url:
-        async with engine_session() as session:
-            rollout = await _rollout(session, url, prompts=prompts, n=n, chunk=chunk)
-    async with mock_engine_processes(1, 64, step_ms=0.0) as (direct,), _service([direct], chunk) as url:
-        async with engine_session() as session:
-            return rollout | await _overhead(session, direct, url, turns)
+    async with (
+        mock_engine_processes(engines, 1024, step_ms=20.0) as urls,
+        _service(urls, chunk) as url,
+        engine_session() as session,
+    ):
+        rollout = await _rollout(session, url, prompts=prompts, n=n, chunk=chunk)
+    async with (
+        mock_engine_processes(1, 64, step_ms=0.0) as (direct,),
+        _service([direct], chunk) as url,
+        engine_session() as session,
+    ):
+        return rollout | await _overhead(session, direct, url, turns)
 
 
 async def _rollout(session: aiohttp.ClientSession, url: str, *, prompts: int, n: int, chunk: int) -> dict[str, Any]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
-import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -28,38 +26,38 @@ SLOW = ["--step-ms", "50", "--mean-length", "1000"]
 LONG = {"prompt": PROMPT, "n": 4, "max_tokens": 2000, "ignore_eos": True}
 
 
-@pytest.mark.parametrize(
-    ("path", "body", "status", "words"),
-    [
-        (COMPLETIONS, {"prompt": "x", "echo": True}, 400, "echo is not supported"),
-        (COMPLETIONS, {"prompt": "x", "use_beam_search": True}, 400, "use_beam_search is not supported"),
-        (COMPLETIONS, {"prompt": "x", "prompt_logprobs": 0}, 400, "prompt_logprobs is not supported"),
-        (COMPLETIONS, {"prompt": "x", "model": "other"}, 404, "does not exist"),
-        (COMPLETIONS, {"prompt": "x", "temperature": -1}, 400, ">= 0"),
-        (COMPLETIONS, {"prompt": "x", "temperature": 0, "n": 2}, 400, "n must be 1 when using greedy sampling"),
-        (COMPLETIONS, {"prompt": "x", "max_tokens": 100_000}, 400, "maximum context length"),
-        (COMPLETIONS, {"prompt": "x", "presence_penalty": 3}, 400, "presence_penalty must be from -2 to 2"),
-        (COMPLETIONS, {"prompt": [10**6]}, 400, "out of vocabulary"),
-        (COMPLETIONS, {}, 400, "prompt"),
-        (CHAT, {"messages": "no"}, 400, "Expected `array`"),
-        (CHAT, {"messages": MESSAGES, "repetition_detection": {"min_count": 2}}, 400, "repetition_detection"),
-        (GENERATE, {"token_ids": [], "sampling_params": {}}, 400, "length >= 1"),
-        (GENERATE, {"token_ids": [1], "sampling_params": {"top_p": 7}}, 400, "top_p"),
-        (GENERATE, {"token_ids": [1], "sampling_params": {"n": "two"}}, 400, "Expected `int`"),
-        (GENERATE, {"token_ids": [1], "sampling_params": {"logprobs": -1}}, 400, "whole vocabulary"),
-        (GENERATE, {"token_ids": [1], "sampling_params": {"logprobs": 50}}, 400, "<= 20"),
-        (GENERATE, {"token_ids": [10**6], "sampling_params": {}}, 400, "vocabulary"),
-        (GENERATE, {"token_ids": [1], "sampling_params": {}, "output_mode": "text"}, 400, "output_mode"),
-        (GENERATE, {"token_ids": [5] * 17_000, "sampling_params": {}}, 400, "no room"),
-    ],
-)
-async def test_refusals(engines: list[MockProcess], path: str, body: dict[str, Any], status: int, words: str) -> None:
+REFUSALS: list[tuple[str, dict[str, Any], int, str]] = [
+    (COMPLETIONS, {"prompt": "x", "echo": True}, 400, "echo is not supported"),
+    (COMPLETIONS, {"prompt": "x", "use_beam_search": True}, 400, "use_beam_search is not supported"),
+    (COMPLETIONS, {"prompt": "x", "prompt_logprobs": 0}, 400, "prompt_logprobs is not supported"),
+    (COMPLETIONS, {"prompt": "x", "model": "other"}, 404, "does not exist"),
+    (COMPLETIONS, {"prompt": "x", "temperature": -1}, 400, ">= 0"),
+    (COMPLETIONS, {"prompt": "x", "temperature": 0, "n": 2}, 400, "n must be 1 when using greedy sampling"),
+    (COMPLETIONS, {"prompt": "x", "max_tokens": 100_000}, 400, "maximum context length"),
+    (COMPLETIONS, {"prompt": "x", "presence_penalty": 3}, 400, "presence_penalty must be from -2 to 2"),
+    (COMPLETIONS, {"prompt": [10**6]}, 400, "out of vocabulary"),
+    (COMPLETIONS, {}, 400, "prompt"),
+    (CHAT, {"messages": "no"}, 400, "Expected `array`"),
+    (CHAT, {"messages": MESSAGES, "repetition_detection": {"min_count": 2}}, 400, "repetition_detection"),
+    (GENERATE, {"token_ids": [], "sampling_params": {}}, 400, "length >= 1"),
+    (GENERATE, {"token_ids": [1], "sampling_params": {"top_p": 7}}, 400, "top_p"),
+    (GENERATE, {"token_ids": [1], "sampling_params": {"n": "two"}}, 400, "Expected `int`"),
+    (GENERATE, {"token_ids": [1], "sampling_params": {"logprobs": -1}}, 400, "whole vocabulary"),
+    (GENERATE, {"token_ids": [1], "sampling_params": {"logprobs": 50}}, 400, "<= 20"),
+    (GENERATE, {"token_ids": [10**6], "sampling_params": {}}, 400, "vocabulary"),
+    (GENERATE, {"token_ids": [1], "sampling_params": {}, "output_mode": "text"}, 400, "output_mode"),
+    (GENERATE, {"token_ids": [5] * 17_000, "sampling_params": {}}, 400, "no room"),
+]
+
+
+async def test_refusals(engines: list[MockProcess]) -> None:
     async with served(engines) as (service, client):
-        error = (await post(client, path, status, **body))["error"]
-        assert words in error["message"]
-        assert error["code"] == status
-        assert set(error) == {"message", "type", "param", "code"}
-        assert not service.core.buffer.open
+        for path, body, status, words in REFUSALS:
+            error = (await post(client, path, status, **body))["error"]
+            assert words in error["message"]
+            assert error["code"] == status
+            assert set(error) == {"message", "type", "param", "code"}
+            assert not service.core.buffer.open
 
 
 async def test_what_is_no_json(engines: list[MockProcess]) -> None:
@@ -174,10 +172,10 @@ async def test_the_command_ends_when_asked() -> None:
     with mock_engines(SPEED) as engines:
         (port,) = free_ports(1)
         command = [sys.executable, "-m", "seer_cli.main", "serve", "--server", engines[0].url, "--port", str(port)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+        process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
         assert process.stdout is not None
         try:
-            line = (await asyncio.to_thread(process.stdout.readline)).decode()
+            line = (await process.stdout.readline()).decode()
             assert line == f"seer serve ready at http://127.0.0.1:{port}\n"
             async with httpx.AsyncClient(base_url=line.split()[-1], timeout=20) as client:
                 body = {"prompt": PROMPT, "n": 2, "max_tokens": 300, "ignore_eos": True}
@@ -186,8 +184,8 @@ async def test_the_command_ends_when_asked() -> None:
                 assert not task.done()
                 process.send_signal(signal.SIGTERM)
                 assert (await task)["usage"]["completion_tokens"] == 600
-            assert await asyncio.to_thread(process.wait, 15) == 0
+            assert await asyncio.wait_for(process.wait(), 15) == 0
         finally:
-            process.kill()
-            process.wait()
-            process.stdout.close()
+            if process.returncode is None:
+                process.kill()
+                await process.wait()

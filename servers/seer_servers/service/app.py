@@ -149,7 +149,7 @@ async def _explained(request: web.Request, handler: Handler) -> web.StreamRespon
         return _error(error).response()
 
 
-def _error(error: Exception) -> ApiError:  # noqa: PLR0911 - a table
+def _error(error: Exception) -> ApiError:
     """What a client is told of an error."""
     match error:
         case ApiError():
