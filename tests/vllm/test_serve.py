@@ -1,4 +1,4 @@
-"""`seer serve` over real engines answers what an engine itself answers, field by field, however it cuts the responses."""
+"""`seer serve` over real engines answers what an engine itself answers, field by field, however it cuts."""
 
 from __future__ import annotations
 
