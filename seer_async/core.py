@@ -314,7 +314,9 @@ class Core:
             self._put_back(request)
             return
         version, mixed = self._version_of(call, reply)
-        if mixed and request.group.options.mixed_versions == "restart":
+        options = request.group.options
+        cut_short = options.indivisible and reply.finish_reason == "abort"
+        if cut_short or (mixed and options.mixed_versions == "restart"):
             self._restart(request)
             return
         reply, stop = self._cut_at_stop(request, reply)
@@ -506,7 +508,8 @@ class Core:
 
     def _chunk_bound(self, request: Request) -> int:
         """The most tokens the next chunk may add, as far as a policy may know."""
-        size = request.group.options.chunk_size
+        options = request.group.options
+        size = 0 if options.indivisible else options.chunk_size
         return min(size, request.remaining) if size and self.policy.divided else request.remaining
 
     def _dispatch(self, request: Request, instance: Instance, tokens: int) -> None:

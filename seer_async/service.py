@@ -141,12 +141,17 @@ class Service:
         try:
             self.fleet: Fleet = await self._stack.enter_async_context(open_fleet(self.config, self._urls))
             await self.fleet.attach()
-            tokenizer = await self.fleet.tokenizer()
+            self.tokenizer = await self.fleet.tokenizer()
         except BaseException:
             await self._stack.aclose()
             raise
         self.core = Core(
-            self.config, list(self.fleet.clients), run=self.run_id, seed=self._seed, tokenizer=tokenizer, lasting=True
+            self.config,
+            list(self.fleet.clients),
+            run=self.run_id,
+            seed=self._seed,
+            tokenizer=self.tokenizer,
+            lasting=True,
         )
         self._info = self.fleet.info
         self._shell = Shell(self.core, self.fleet.clients, self._desk, clock=self._clock, accepts=self.objection)

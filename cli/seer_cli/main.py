@@ -14,6 +14,7 @@ from seer_cli.fleet import fleet
 from seer_cli.mock import mock_engine
 from seer_cli.report import report
 from seer_cli.rollout import rollout
+from seer_cli.serve import serve
 
 app = typer.Typer(
     name="seer",
@@ -24,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("rollout")(rollout)
+app.command("serve")(serve)
 app.command("report")(report)
 app.command("mock-engine")(mock_engine)
 app.command("draft-server")(draft_server)

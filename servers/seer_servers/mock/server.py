@@ -23,6 +23,7 @@ from seer_servers.mock.fault_reply import Scene
 from seer_servers.mock.faults import DELIVERIES, DESCRIPTIONS, EDITS, TAKEOVERS, Faults, apply_edit
 from seer_servers.mock.metrics import prometheus_text
 from seer_servers.mock.reply import completion_reply, generate_reply
+from seer_servers.mock.scaleout import scale_out_routes
 from seer_servers.mock.tokenizer import byte_tokenizer, render_chat
 from seer_servers.mock.wire import (
     AbortBody,
@@ -108,6 +109,7 @@ class MockServer:
                 web.post("/abort_requests", self.control.noted(self._abort_requests)),
                 web.get("/v1/seer/info", self._seer_info),
                 web.get("/v1/seer/tokenizer", self._seer_tokenizer),
+                *scale_out_routes(self.engine),
                 web.get("/mock/faults", self._get_faults),
                 web.post("/mock/faults", self._set_faults),
                 *self.control.routes(),

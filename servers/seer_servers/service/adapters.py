@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from aiohttp import web
 
-from seer_servers.service.bodies import read_body
 from seer_servers.service.errors import bad_request
+from seer_servers.service.parameters import read_body
 from seer_servers.service.part import Route
 
 if TYPE_CHECKING:

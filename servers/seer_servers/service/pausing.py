@@ -14,8 +14,8 @@ from urllib.parse import urlencode
 import msgspec
 from aiohttp import web
 
-from seer_servers.service.bodies import choice, flag, read_body
 from seer_servers.service.errors import ApiError, bad_request
+from seer_servers.service.parameters import choice, flag, read_body
 from seer_servers.service.part import Route
 from seer_servers.service.watch import Paused
 

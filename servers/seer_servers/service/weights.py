@@ -15,9 +15,9 @@ import msgspec
 from aiohttp import web
 
 from seer_async.errors import EngineError, FailureKind
-from seer_servers.service.bodies import read_body
 from seer_servers.service.errors import ApiError
 from seer_servers.service.fanout import ASK_S, gathered
+from seer_servers.service.parameters import read_body
 from seer_servers.service.part import Route
 from seer_servers.service.worldsize import shifted, slices
 

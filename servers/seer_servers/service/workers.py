@@ -9,8 +9,8 @@ import msgspec
 from aiohttp import web
 
 from seer_async.errors import EngineError
-from seer_servers.service.bodies import read_body
 from seer_servers.service.errors import ApiError, bad_request
+from seer_servers.service.parameters import read_body
 from seer_servers.service.part import Route
 
 if TYPE_CHECKING:
