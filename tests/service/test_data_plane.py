@@ -174,6 +174,15 @@ async def test_a_stream_is_the_answer(engines: list[MockProcess], path: str) -> 
             assert pieces[0]["delta"] == {"role": "assistant", "content": ""}
 
 
+async def test_the_words_of_many_responses(engines: list[MockProcess]) -> None:
+    """More than engines are asked about in one call, some of them of the end token alone."""
+    async with served(engines) as (_, client):
+        reply = await post(client, COMPLETIONS, prompt=PROMPT, n=150, max_tokens=4, logprobs=0, return_token_ids=True)
+    for choice in reply["choices"]:
+        words = [TOKENIZER.decode([token], skip_special_tokens=False) for token in choice["token_ids"]]
+        assert choice["logprobs"]["tokens"] == words
+
+
 async def test_what_makes_a_group(engines: list[MockProcess]) -> None:
     async def ask(prompt: list[int], **headers: str) -> None:
         params = {"max_tokens": 150, "ignore_eos": True}

@@ -41,6 +41,7 @@ REFUSALS: list[tuple[str, dict[str, Any], int, str]] = [
     (CHAT, {"messages": MESSAGES, "repetition_detection": {"min_count": 2}}, 400, "repetition_detection"),
     (GENERATE, {"token_ids": [], "sampling_params": {}}, 400, "length >= 1"),
     (GENERATE, {"token_ids": [1], "sampling_params": {"top_p": 7}}, 400, "top_p"),
+    (GENERATE, {"token_ids": [1], "sampling_params": {"extra_args": {"kv_transfer_params": {"a": 1}}}}, 400, "KV"),
     (GENERATE, {"token_ids": [1], "sampling_params": {"n": "two"}}, 400, "Expected `int`"),
     (GENERATE, {"token_ids": [1], "sampling_params": {"logprobs": -1}}, 400, "whole vocabulary"),
     (GENERATE, {"token_ids": [1], "sampling_params": {"logprobs": 50}}, 400, "<= 20"),
@@ -70,14 +71,24 @@ async def test_what_is_no_json(engines: list[MockProcess]) -> None:
         assert (large.status_code, large.json()["error"]["code"]) == (413, 413)
         assert (await client.get("/nowhere")).json()["error"]["type"] == "NotFoundError"
         assert (await client.get(COMPLETIONS)).status_code == 405
+        for name in (b"X-Seer-Group", b"X-Request-Id"):
+            reply = await client.post(COMPLETIONS, json={"prompt": "x"}, headers=[(name, b"\xff\xe4")])
+            assert reply.status_code == 400
 
 
 async def test_busy(engines: list[MockProcess]) -> None:
-    async with served(engines, serve={"port": 0, "max_requests": 8}) as (_, client):
-        reply = await client.post(COMPLETIONS, json={"prompt": [PROMPT, PROMPT, PROMPT], "n": 4, "max_tokens": 5})
+    async with served(engines, serve={"port": 0, "max_requests": 8}) as (service, client):
+        task = asyncio.create_task(post(client, COMPLETIONS, prompt=PROMPT, n=4, max_tokens=400, ignore_eos=True))
+        while service.core.buffer.open < 4:
+            await asyncio.sleep(0.005)
+        reply = await client.post(COMPLETIONS, json={"prompt": [PROMPT, PROMPT], "n": 3, "max_tokens": 5})
         assert reply.status_code == 429
         assert int(reply.headers["Retry-After"]) >= 1
-        await post(client, COMPLETIONS, prompt=[PROMPT, PROMPT], n=4, max_tokens=5)  # nothing was left behind
+        assert service.core.buffer.open == 4  # all or none
+        await task
+        await post(client, COMPLETIONS, prompt=[PROMPT, PROMPT], n=4, max_tokens=5)
+        for body in ({"prompt": [PROMPT, PROMPT], "n": 5}, {"prompt": "x", "n": 10**9, "seed": 1}):
+            assert "at most 8" in (await post(client, COMPLETIONS, 400, **body))["error"]["message"]
 
 
 async def test_keys(engines: list[MockProcess], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,8 +178,9 @@ async def test_figures(engines: list[MockProcess]) -> None:
     assert len(types) == len(set(types))
 
 
-async def test_the_command_ends_when_asked() -> None:
-    """The first signal finishes what is open."""
+@pytest.mark.parametrize("patient", [True, False])
+async def test_the_command_ends_when_asked(patient: bool) -> None:
+    """The first signal finishes what is open, the second gives it up."""
     with mock_engines(SPEED) as engines:
         (port,) = free_ports(1)
         command = [sys.executable, "-m", "seer_cli.main", "serve", "--server", engines[0].url, "--port", str(port)]
@@ -178,12 +190,18 @@ async def test_the_command_ends_when_asked() -> None:
             line = (await process.stdout.readline()).decode()
             assert line == f"seer serve ready at http://127.0.0.1:{port}\n"
             async with httpx.AsyncClient(base_url=line.split()[-1], timeout=20) as client:
-                body = {"prompt": PROMPT, "n": 2, "max_tokens": 300, "ignore_eos": True}
+                body = {"prompt": PROMPT, "n": 2, "max_tokens": 300 if patient else 15_000, "ignore_eos": True}
                 task = asyncio.create_task(post(client, COMPLETIONS, **body))
                 await asyncio.sleep(0.3)
                 assert not task.done()
                 process.send_signal(signal.SIGTERM)
-                assert (await task)["usage"]["completion_tokens"] == 600
+                if patient:
+                    assert (await task)["usage"]["completion_tokens"] == 600
+                else:
+                    await asyncio.sleep(0.2)
+                    process.send_signal(signal.SIGTERM)
+                    with pytest.raises((AssertionError, httpx.HTTPError)):
+                        await task
             assert await asyncio.wait_for(process.wait(), 15) == 0
         finally:
             if process.returncode is None:

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 import msgspec
 from aiohttp import web
 
-from seer_async.errors import BusyError, RefusedError, SeerError
-from seer_servers.service.errors import ApiError, bad_request
+from seer_async.errors import SeerError
+from seer_servers.service.errors import ApiError
+from seer_servers.service.explain import explained
 from seer_servers.service.openapi import document
 from seer_servers.service.part import Route
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from seer_servers.service.keys import Keys
     from seer_servers.service.part import Handler, Part
 
-_LOG = logging.getLogger(__name__)
 _BACKLOG = 4096
 _LINE, _HEADERS = 8190, 100  # bytes of a header line, and their number
 _REQUEST_ID = "X-Request-Id"
@@ -145,28 +144,13 @@ async def _explained(request: web.Request, handler: Handler) -> web.StreamRespon
     """Give every error vLLM's shape."""
     try:
         return await handler(request)
+    except ConnectionError:
+        raise  # nobody is there to be told
     except Exception as error:  # noqa: BLE001 - a client is told of a defect, too
-        return _error(error).response()
-
-
-def _error(error: Exception) -> ApiError:
-    """What a client is told of an error."""
-    match error:
-        case ApiError():
-            return error
-        case BusyError():
-            return ApiError(429, str(error), retry_after=error.retry_after)
-        case RefusedError() | msgspec.DecodeError() | UnicodeDecodeError() | RecursionError():
-            return bad_request(str(error))
-        case SeerError():
-            return ApiError(503, str(error))
-        case web.HTTPException():
-            return ApiError(error.status, error.reason)
-    _LOG.exception("a request failed", exc_info=error)
-    return ApiError(500, "an error in the service; its log says more")
+        return explained(error).response()
 
 
 async def _echo(request: web.Request, response: web.StreamResponse) -> None:
     """Send the client's own name of the request back."""
-    if name := request.headers.get(_REQUEST_ID):
+    if (name := request.headers.get(_REQUEST_ID, "")) and name.isascii():
         response.headers[_REQUEST_ID] = name

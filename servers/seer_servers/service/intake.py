@@ -80,6 +80,9 @@ class Intake:
     @contextlib.contextmanager
     def submitted(self, works: Sequence[Work]) -> Iterator[list[Ticket]]:
         """Tickets for `works`, all or none; what is still open at the end of the block is given up."""
+        most = self.service.config.serve.max_requests
+        if sum(work.n for work in works) > most:
+            raise bad_request(f"a request may ask for at most {most} responses (serve.max_requests).", "n")
         tickets: list[Ticket] = []
         try:
             for work in works:
@@ -117,8 +120,8 @@ def group_name(request: web.Request) -> str:
     """The group that the client says its request belongs to; empty if it does not."""
     name = request.headers.get(_GROUP, "")
     size = request.headers.get(_GROUP_SIZE, "1")
-    if len(name) > _NAME_END:
-        raise bad_request(f"{_GROUP} must have at most {_NAME_END} characters.", _GROUP)
+    if len(name) > _NAME_END or not name.isascii():
+        raise bad_request(f"{_GROUP} must have at most {_NAME_END} characters, all of them ASCII.", _GROUP)
     if not size.isascii() or not size.isdigit() or int(size[:9]) < 1:
         raise bad_request(f"{_GROUP_SIZE} must be the number of responses in the group.", _GROUP_SIZE)
     return name
@@ -126,4 +129,7 @@ def group_name(request: web.Request) -> str:
 
 def request_id(request: web.Request, given: str | None) -> str:
     """A header names the request before its body does, as in vLLM."""
-    return request.headers.get(_REQUEST_ID) or given or uuid.uuid4().hex
+    name = request.headers.get(_REQUEST_ID, "")
+    if not name.isascii():
+        raise bad_request(f"{_REQUEST_ID} must be ASCII.", _REQUEST_ID)
+    return name or given or uuid.uuid4().hex

@@ -86,15 +86,18 @@ def asked(
     """
     refuse(params)
     params = {name: value for name, value in params.items() if value is not None and not name.startswith("_")}
+    if not isinstance(extra := params.get("extra_args", {}), dict):
+        raise bad_request("extra_args must be an object.", "extra_args")
+    refuse(extra)
     shared = _convert({name: params[name] for name in ("n", "seed") if name in params}, Shared)
+    if shared.n > config.serve.max_requests:
+        raise bad_request(f"n must be at most {config.serve.max_requests} (serve.max_requests).", "n")
     sampling = _sampling(params, room)
     if sampling.temperature < _GREEDY and shared.n > 1:
         raise bad_request(f"n must be 1 when using greedy sampling, got {shared.n}.", "n")
     passed = {name: value for name, value in params.items() if name not in _KNOWN | _OUR_OWN}
     if passed.get("thinking_token_budget") == -1:  # vLLM's word for none
         del passed["thinking_token_budget"]
-    if not isinstance(passed.get("extra_args", {}), dict):
-        raise bad_request("extra_args must be an object.", "extra_args")
     options = GroupOptions(
         sampling=sampling,
         chunk_size=config.serve.stream_chunk_size if stream else config.rollout.chunk_size,

@@ -60,7 +60,7 @@ class Relay:
     async def forward(self, request: web.Request) -> web.Response:
         """A handler: what an engine answers to the very same request."""
         body = await request.read() if request.can_read_body else None
-        return response_of(await self.ask(request.method, request.raw_path, body), request.path)
+        return response_of(await self.ask(request.method, request.rel_url.raw_path_qs, body), request.path)
 
     def _clients(self) -> Iterator[EngineClient]:
         names = [name for name, instance in self._service.core.instances.items() if instance.up]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from aiohttp import web
 
-from seer_servers.service.errors import ApiError
+from seer_servers.service.explain import explained
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -21,10 +21,12 @@ async def stream(request: web.Request, events: AsyncIterator[Any]) -> web.Stream
     try:
         async for event in events:
             await _send(request, response, msgspec.json.encode(event))
-    except ApiError as error:
+    except ConnectionError:
+        raise
+    except Exception as error:
         if not response.prepared:
             raise
-        await _send(request, response, error.body)
+        await _send(request, response, explained(error).body)
     finally:
         await events.aclose()  # type: ignore[attr-defined]  # a generator; what it holds open must not wait for the collector
     await _send(request, response, b"[DONE]")

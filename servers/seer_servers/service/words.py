@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from seer_servers.service.relay import Relay
 
 _PATH = "/v1/completions/derender"
+_AT_ONCE = 64  # responses in one call
 
 
 class _Logprobs(msgspec.Struct):
@@ -49,9 +50,9 @@ class Words:
         """The words of whole responses."""
         choices = [_choice(index, tokens) for index, tokens in enumerate(responses) if tokens.ids]
         found: list[_Choice] = []
-        if choices:
-            body = msgspec.json.encode({"generate_responses": [{"choices": choices}]})
-            found = (await self._relay.fetch(_PATH, body, _Reply)).choices
+        for start in range(0, len(choices), _AT_ONCE):
+            body = msgspec.json.encode({"generate_responses": [{"choices": choices[start : start + _AT_ONCE]}]})
+            found += (await self._relay.fetch(_PATH, body, _Reply)).choices
         said = iter(found)
         return [_said(next(said)) if tokens.ids else ([], []) for tokens in responses]
 
