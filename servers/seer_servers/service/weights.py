@@ -17,7 +17,7 @@ from aiohttp import web
 from seer_async.errors import EngineError, FailureKind
 from seer_servers.service.bodies import read_body
 from seer_servers.service.errors import ApiError
-from seer_servers.service.fanout import ASK_S, gathered
+from seer_servers.service.fanout import gathered
 from seer_servers.service.part import Route
 from seer_servers.service.worldsize import shifted, slices
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Mapping
 
     from seer_async.service import Service
+    from seer_servers.service.facts import Facts
     from seer_servers.service.fanout import Fanout, Outcome
     from seer_servers.service.holders import Holders
     from seer_servers.service.pausing import Pausing
@@ -67,20 +68,13 @@ class Message(msgspec.Struct):
     message: str
 
 
-class _WorldSize(msgspec.Struct):
-    world_size: int
-
-
-class _WeightInfo(msgspec.Struct):
-    weight_version: str
-
-
 class Weights:
     """Weight updates of the fleet, one at a time."""
 
-    def __init__(self, service: Service, fanout: Fanout, pausing: Pausing, holders: Holders) -> None:
+    def __init__(self, service: Service, fanout: Fanout, facts: Facts, pausing: Pausing, holders: Holders) -> None:
         self._service = service
         self._fanout = fanout
+        self._facts = facts
         self._pausing = pausing
         self._holders = holders
         self._busy = ""  # the call that is under way
@@ -104,21 +98,6 @@ class Weights:
             return Route(method="POST", path=path, handler=handler, summary=summary, body=body, reply=Message)
 
         return [
-            Route(
-                method="GET",
-                path="/get_world_size",
-                handler=self._get_world_size,
-                summary="Workers of all engines together",
-                query={"include_dp": bool},
-                reply=_WorldSize,
-            ),
-            Route(
-                method="GET",
-                path="/weight_info",
-                handler=self._weight_info,
-                summary="The weights that are sampled from",
-                reply=_WeightInfo,
-            ),
             post("/init_weight_transfer_engine", self._init, "Make one transfer group of all engines", InitBody),
             post("/start_weight_update", self._start, "Begin an update on all engines"),
             post("/update_weights", self._update, "Receive weights on all engines at the same time", UpdateBody),
@@ -126,50 +105,14 @@ class Weights:
             post("/update_weight_version", self._update_version, "Name the weights that engines have", VersionBody),
         ]
 
-    # What there is
-
-    async def _get_world_size(self, request: web.Request) -> web.Response:
-        query = f"?{request.query_string}" if request.query_string else ""
-        return web.json_response({"world_size": sum((await self._sizes(await self._fanout.live(), query)).values())})
-
-    async def _sizes(self, engines: Iterable[str], query: str = "") -> dict[str, int]:
-        outcome = await self._fanout.get(f"/get_world_size{query}", engines)
-        sizes = outcome.decoded(_WorldSize)
-        self._fanout.check(outcome, "without it the fleet's size is unknown")
-        return {name: said.world_size for name, said in sizes.items()}
-
-    async def _weight_info(self, _request: web.Request) -> web.Response:
-        """What is sampled from is always one version; engines that have another one are named beside it."""
-        outcome = await self._fanout.get("/weight_info", await self._fanout.live())
-        has = {name: said.weight_version for name, said in outcome.decoded(_WeightInfo).items()}
-        if not has:
-            self._fanout.check(outcome, "")
-        agreed = set(has.values())
-        current = next(iter(agreed)) if len(agreed) == 1 else self._service.core.version
-        others = {self._fanout.title(name): version for name, version in has.items() if version != current}
-        if len(others) == len(has):
-            said = ", ".join(f"{name} has {version}" for name, version in others.items())
-            raise ApiError(409, f"no engine has weight version {current}, which is sampled from: {said}")
-        return web.json_response({"weight_version": current} | ({"others": others} if others else {}))
-
-    async def _boots(self, engines: Iterable[str]) -> dict[str, str]:
-        """Identities of the processes behind engines; those that do not answer are left out."""
-
-        async def boot(name: str) -> tuple[str, str | None]:
-            with contextlib.suppress(EngineError, KeyError):
-                return name, (await self._service.client(name).stats(timeout_s=ASK_S)).boot
-            return name, None
-
-        return {name: found for name, found in await asyncio.gather(*map(boot, engines)) if found is not None}
-
     # The steps of an update
 
     async def _init(self, request: web.Request) -> web.Response:
         info = (await read_body(request, InitBody)).init_info
         async with self._alone("/init_weight_transfer_engine"):
             engines = await self._fanout.live()
-            self._group, self._workers = None, await self._sizes(engines)
-            boots = await self._boots(engines)
+            self._group, self._workers = None, await self._facts.sizes(engines)
+            boots = await self._facts.boots(engines)
             bodies = shifted(info, self._workers)
             outcome = await self._together("/init_weight_transfer_engine", bodies, INIT_S)
             self._fanout.check(outcome, "so there is no transfer group: initialise it again", repeatable=False)
@@ -179,10 +122,10 @@ class Weights:
     async def _start(self, _request: web.Request) -> web.Response:
         async with self._alone("/start_weight_update"):
             await self._pausing.hold()
-            boots = await self._boots(await self._fanout.live())
+            boots = await self._facts.boots(await self._fanout.live())
             engines = [name for name in boots if self._group is None or self._group.get(name) == boots[name]]
             if self._group is None:
-                self._workers = await self._sizes(engines)
+                self._workers = await self._facts.sizes(engines)
             begun = self._open or set()  # vLLM refuses to begin twice, and a trainer that was restarted has to
             outcome = await self._fanout.post(
                 "/start_weight_update", [name for name in engines if name not in begun], b"{}", timeout_s=START_S
@@ -255,7 +198,9 @@ class Weights:
                 return self._finished_before()
             self._updates += 1
             version = body.weight_version or f"update-{self._updates}-{self._service.run_id[-6:]}"
-            boots = await self._boots(self._open)  # before: a process that starts after this has nothing to finish
+            boots = await self._facts.boots(
+                self._open
+            )  # before: a process that starts after this has nothing to finish
             said = msgspec.json.encode({"weight_version": version})
             outcome = await self._fanout.post("/finish_weight_update", boots, said, timeout_s=FINISH_S)
             gone = EngineError(FailureKind.CONNECTION, "it does not answer any more")
@@ -277,7 +222,7 @@ class Weights:
         body = await read_body(request, VersionBody)
         async with self._alone("/update_weight_version"):
             await self._pausing.hold()
-            boots = await self._boots(await self._fanout.live())
+            boots = await self._facts.boots(await self._fanout.live())
             engines = self._holders.among(boots) if self._transferred else list(boots)
             outcome = await self._fanout.post("/update_weight_version", engines, msgspec.json.encode(body))
             await self._adopt(body.new_version, {name: boots[name] for name in outcome.ok})
