@@ -516,13 +516,22 @@ async def epoch(it: Trainer, name: str, number: int) -> bool:
 
 
 async def test_a_refused_start_lets_the_fleet_go_on(engines: list[MockProcess]) -> None:
-    async with trainer(engines[:1]) as it:
-        await directly(engines[0], "/start_weight_update")
+    async with trainer(engines[:1], telemetry_s=60.0) as it:
+        await asyncio.sleep(0.3)
+        engines[0].kill()  # unnoticed as yet
         status, said = await it.refused("POST", "/start_weight_update")
         assert status == 424
-        assert "already active" in said
+        assert "engine-0" in said
+        assert it.service.paused is None
+
+
+async def test_an_update_that_was_left_open_does_not_stop_the_next(engines: list[MockProcess]) -> None:
+    async with trainer(engines[:2]) as it:
+        await directly(engines[0], "/start_weight_update")  # by a trainer that has died
+        await it.update("v2")
         for sample in await it.submit(1).all():
-            assert_right(sample)
+            assert_right(sample, "v2")
+        assert await it.states() == {"engine-0": "UP", "engine-1": "UP"}
 
 
 # Adapters, caches, workers

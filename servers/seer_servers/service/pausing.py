@@ -202,9 +202,10 @@ class Pausing:
 
     async def _go_on(self, path: str, timeout_s: float) -> Outcome:
         async with self._engines:
-            outcome = await self._fanout.post(path, await self._fanout.live(), timeout_s=timeout_s)
-            await self._go()
-        return outcome
+            try:
+                return await self._fanout.post(path, await self._fanout.live(), timeout_s=timeout_s)
+            finally:
+                await self._go()
 
     async def _go(self) -> None:
         """The engines run: let dispatch go on too, or leave that to the weight update that is open."""

@@ -37,6 +37,8 @@ FINISH_S = 600.0
 GRACE_S = 30.0
 """For the others, after one engine has failed in what they do together."""
 
+_GONE = EngineError(FailureKind.CONNECTION, "it does not answer any more")
+
 
 class InitBody(msgspec.Struct):
     """Of `init_info`, `rank_offset` and `world_size` are looked at; the rest is between trainer and engines."""
@@ -120,22 +122,31 @@ class Weights:
         return web.json_response({"message": "Weight transfer initialized"})
 
     async def _start(self, _request: web.Request) -> web.Response:
-        async with self._alone("/start_weight_update"):
-            await self._pausing.hold()
-            boots = await self._facts.boots(await self._fanout.live())
+        async with self._alone("/start_weight_update"), self._held():
+            live = await self._fanout.live()
+            boots = await self._facts.boots(live)
             engines = [name for name in boots if self._group is None or self._group.get(name) == boots[name]]
             if self._group is None:
                 self._workers = await self._facts.sizes(engines)
             begun = self._open or set()  # vLLM refuses to begin twice, and a trainer that was restarted has to
-            outcome = await self._fanout.post(
-                "/start_weight_update", [name for name in engines if name not in begun], b"{}", timeout_s=START_S
-            )
+            outcome = await self._start_on([name for name in engines if name not in begun])
+            outcome.failed |= dict.fromkeys(set(live) - boots.keys(), _GONE)
             self._open = {name for name in engines if name in begun or name in outcome.ok} or None
-            if self._open is None:
-                await self._pausing.release()
             self._fanout.check(outcome, "the update is open on the other engines", repeatable=False)
             self._check_group(boots)
         return web.json_response({"message": "Weight update started"})
+
+    async def _start_on(self, engines: Iterable[str]) -> Outcome:
+        """An engine that was left in the middle of an earlier update has to end that first."""
+        outcome = await self._fanout.post("/start_weight_update", engines, b"{}", timeout_s=START_S)
+        left = [name for name, error in outcome.failed.items() if error.kind is FailureKind.SERVER]
+        ended = await self._fanout.post("/finish_weight_update", left, b"{}", timeout_s=FINISH_S)
+        again = await self._fanout.post("/start_weight_update", ended.ok, b"{}", timeout_s=START_S)
+        for name in ended.ok:
+            del outcome.failed[name]
+        outcome.ok |= again.ok
+        outcome.failed |= again.failed
+        return outcome
 
     def _check_group(self, boots: Mapping[str, str]) -> None:
         lost = [name for name, boot in (self._group or {}).items() if boots.get(name) != boot]
@@ -198,19 +209,21 @@ class Weights:
                 return self._finished_before()
             self._updates += 1
             version = body.weight_version or f"update-{self._updates}-{self._service.run_id[-6:]}"
-            boots = await self._facts.boots(
-                self._open
-            )  # before: a process that starts after this has nothing to finish
-            said = msgspec.json.encode({"weight_version": version})
-            outcome = await self._fanout.post("/finish_weight_update", boots, said, timeout_s=FINISH_S)
-            gone = EngineError(FailureKind.CONNECTION, "it does not answer any more")
-            outcome.failed |= dict.fromkeys(self._open - boots.keys(), gone)
-            self._open, self._transferred = None, True
-            await self._adopt(version, {name: boots[name] for name in outcome.ok})
+            async with self._held():
+                outcome = await self._finish_on(self._open, version)
             self._fanout.check(outcome, f"the others sample from {version}", repeatable=False)
             if not outcome.ok:
                 raise ApiError(424, "no engine has the whole update, so nothing is sampled before the next one")
         return web.json_response({"message": "Weight update finished", "weight_version": version})
+
+    async def _finish_on(self, engines: set[str], version: str) -> Outcome:
+        boots = await self._facts.boots(engines)  # before: a process that starts after this has nothing to finish
+        said = msgspec.json.encode({"weight_version": version})
+        outcome = await self._fanout.post("/finish_weight_update", boots, said, timeout_s=FINISH_S)
+        outcome.failed |= dict.fromkeys(engines - boots.keys(), _GONE)
+        self._open, self._transferred = None, True
+        await self._adopt(version, {name: boots[name] for name in outcome.ok})
+        return outcome
 
     def _finished_before(self) -> web.Response:
         """A trainer may repeat itself when an answer was lost."""
@@ -220,8 +233,7 @@ class Weights:
 
     async def _update_version(self, request: web.Request) -> web.Response:
         body = await read_body(request, VersionBody)
-        async with self._alone("/update_weight_version"):
-            await self._pausing.hold()
+        async with self._alone("/update_weight_version"), self._held():
             boots = await self._facts.boots(await self._fanout.live())
             engines = self._holders.among(boots) if self._transferred else list(boots)
             outcome = await self._fanout.post("/update_weight_version", engines, msgspec.json.encode(body))
@@ -235,8 +247,16 @@ class Weights:
         self._service.set_version(version)
         self._service.check_engines()
         await self._service.fleet.flush_pools(self._service.run_id)
-        if not self.updating:
-            await self._pausing.release()
+
+    @contextlib.asynccontextmanager
+    async def _held(self) -> AsyncIterator[None]:
+        """Nothing is sampled inside, nor after it while an update is open."""
+        try:
+            await self._pausing.hold()
+            yield
+        finally:
+            if not self.updating:
+                await self._pausing.release()
 
     @contextlib.asynccontextmanager
     async def _alone(self, call: str) -> AsyncIterator[None]:
