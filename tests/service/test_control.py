@@ -571,6 +571,7 @@ async def test_caches_and_worker_methods(engines: list[MockProcess]) -> None:
         await it.post("/reset_encoder_cache")
         assert await it.post("/collective_rpc", {"method": "name"}) == {"results": ["name"] * sum(SIZES)}
         assert (await it.refused("POST", "/collective_rpc", {}))[0] == 400
+        assert (await it.refused("POST", "/collective_rpc", {"method": "name", "timeout": -5}))[0] == 400
 
 
 async def test_workers_come_and_go(engines: list[MockProcess]) -> None:
