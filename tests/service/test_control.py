@@ -265,8 +265,10 @@ async def test_sleep_and_wake_up(engines: list[MockProcess]) -> None:
         assert not ticket.done
         assert (await it.post("/wake_up", tags="kv_cache"))["status"] == "awake"
         assert await it.get("/is_sleeping") == {"is_sleeping": False}
-        for sample in await ticket.all():
-            assert_right(sample, "v2")
+        samples = await ticket.all()
+        for sample in samples:
+            assert_right(sample)
+        assert "v2" in {sample.weight_version for sample in samples}
 
 
 async def test_abort_requests(engines: list[MockProcess]) -> None:
@@ -516,13 +518,22 @@ async def epoch(it: Trainer, name: str, number: int) -> bool:
 
 
 async def test_a_refused_start_lets_the_fleet_go_on(engines: list[MockProcess]) -> None:
-    async with trainer(engines[:1]) as it:
-        await directly(engines[0], "/start_weight_update")
+    async with trainer(engines[:1], telemetry_s=60.0) as it:
+        await asyncio.sleep(0.3)
+        engines[0].kill()  # unnoticed as yet
         status, said = await it.refused("POST", "/start_weight_update")
         assert status == 424
-        assert "already active" in said
+        assert "engine-0" in said
+        assert it.service.paused is None
+
+
+async def test_an_update_that_was_left_open_does_not_stop_the_next(engines: list[MockProcess]) -> None:
+    async with trainer(engines[:2]) as it:
+        await directly(engines[0], "/start_weight_update")  # by a trainer that has died
+        await it.update("v2")
         for sample in await it.submit(1).all():
-            assert_right(sample)
+            assert_right(sample, "v2")
+        assert await it.states() == {"engine-0": "UP", "engine-1": "UP"}
 
 
 # Adapters, caches, workers
@@ -562,6 +573,7 @@ async def test_caches_and_worker_methods(engines: list[MockProcess]) -> None:
         await it.post("/reset_encoder_cache")
         assert await it.post("/collective_rpc", {"method": "name"}) == {"results": ["name"] * sum(SIZES)}
         assert (await it.refused("POST", "/collective_rpc", {}))[0] == 400
+        assert (await it.refused("POST", "/collective_rpc", {"method": "name", "timeout": -5}))[0] == 400
 
 
 async def test_workers_come_and_go(engines: list[MockProcess]) -> None:

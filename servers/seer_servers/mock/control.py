@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-_DEEPEST_SLEEP = 2
+_LEVELS = ("0", "1", "2")
 
 
 class _Init(msgspec.Struct):
@@ -96,7 +96,7 @@ class MockControl:
 
         async def note(request: web.Request) -> web.StreamResponse:
             body = await request.read()
-            call = {"path": request.path_qs, "body": body.decode(), "begun": time.time(), "ended": None}
+            call = {"path": request.path_qs, "body": body.decode(errors="replace"), "begun": time.time(), "ended": None}
             self._calls.append(call)
             try:
                 return await handler(request)
@@ -144,9 +144,10 @@ class MockControl:
     # Sleep
 
     async def _sleep(self, request: web.Request) -> web.Response:
-        level, mode = int(request.query.get("level", "1")), request.query.get("mode", "abort")
-        if level not in range(_DEEPEST_SLEEP + 1) or mode not in set(PauseMode):
+        given, mode = request.query.get("level", "1"), request.query.get("mode", "abort")
+        if given not in _LEVELS or mode not in set(PauseMode):
             raise bad_request("level is 0 to 2, mode one of abort, wait, keep")
+        level = int(given)
         await self._engine.pause(PauseMode(mode), clear_cache=level > 0)
         self._asleep = {"weights", "kv_cache"} if level else set()
         return web.json_response({"status": "sleeping", "level": level})

@@ -12,6 +12,7 @@ import msgspec
 
 from seer_servers.service.adapters import Adapters
 from seer_servers.service.caches import Caches
+from seer_servers.service.facts import Facts
 from seer_servers.service.fanout import Fanout
 from seer_servers.service.holders import Holders
 from seer_servers.service.pausing import Pausing
@@ -42,10 +43,11 @@ class Control:
         self._adapters = Adapters(service, fanout)
         self._holders = Holders(service)
         pausing = Pausing(service, fanout, self._watch, abort=abort or service.abort)
-        weights = Weights(service, fanout, pausing, self._holders)
+        facts = Facts(service, fanout)
+        weights = Weights(service, fanout, facts, pausing, self._holders)
         pausing.updating = lambda: weights.updating
         workers = Workers(service, fanout, self._watch, updating=pausing.updating)
-        nouns = (pausing, weights, self._adapters, Caches(fanout), workers)
+        nouns = (pausing, facts, weights, self._adapters, Caches(fanout), workers)
         self._routes = [self._to_the_end(route) for noun in nouns for route in noun.routes]
         self._tasks: set[asyncio.Task[None]] = set()
         self._calls: set[asyncio.Task[web.StreamResponse]] = set()

@@ -32,7 +32,7 @@ WAIT_S = 1800.0
 SLEEP_S = 300.0
 
 _MODES = ("abort", "wait", "keep")
-_DEEPEST = 2
+_LEVELS = ("0", "1", "2")
 
 
 class AbortBody(msgspec.Struct):
@@ -158,7 +158,7 @@ class Pausing:
     async def _sleep(self, request: web.Request) -> web.Response:
         mode = choice(request, "mode", _MODES, default="abort")
         level = request.query.get("level", "1")
-        if level not in {str(each) for each in range(_DEEPEST + 1)}:
+        if level not in _LEVELS:
             raise bad_request(f"level must be 0, 1 or 2, not {level!r}", "level")
         query = urlencode({"level": level, "mode": "abort" if mode == "keep" else mode})
         outcome = await self._stopped_by_trainer(mode, f"/sleep?{query}", SLEEP_S)
@@ -202,9 +202,10 @@ class Pausing:
 
     async def _go_on(self, path: str, timeout_s: float) -> Outcome:
         async with self._engines:
-            outcome = await self._fanout.post(path, await self._fanout.live(), timeout_s=timeout_s)
-            await self._go()
-        return outcome
+            try:
+                return await self._fanout.post(path, await self._fanout.live(), timeout_s=timeout_s)
+            finally:
+                await self._go()
 
     async def _go(self) -> None:
         """The engines run: let dispatch go on too, or leave that to the weight update that is open."""

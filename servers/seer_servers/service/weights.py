@@ -16,7 +16,7 @@ from aiohttp import web
 
 from seer_async.errors import EngineError, FailureKind
 from seer_servers.service.errors import ApiError
-from seer_servers.service.fanout import ASK_S, gathered
+from seer_servers.service.fanout import gathered
 from seer_servers.service.parameters import read_body
 from seer_servers.service.part import Route
 from seer_servers.service.worldsize import shifted, slices
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Mapping
 
     from seer_async.service import Service
+    from seer_servers.service.facts import Facts
     from seer_servers.service.fanout import Fanout, Outcome
     from seer_servers.service.holders import Holders
     from seer_servers.service.pausing import Pausing
@@ -35,6 +36,8 @@ UPDATE_S = 1800.0
 FINISH_S = 600.0
 GRACE_S = 30.0
 """For the others, after one engine has failed in what they do together."""
+
+_GONE = EngineError(FailureKind.CONNECTION, "it does not answer any more")
 
 
 class InitBody(msgspec.Struct):
@@ -67,20 +70,13 @@ class Message(msgspec.Struct):
     message: str
 
 
-class _WorldSize(msgspec.Struct):
-    world_size: int
-
-
-class _WeightInfo(msgspec.Struct):
-    weight_version: str
-
-
 class Weights:
     """Weight updates of the fleet, one at a time."""
 
-    def __init__(self, service: Service, fanout: Fanout, pausing: Pausing, holders: Holders) -> None:
+    def __init__(self, service: Service, fanout: Fanout, facts: Facts, pausing: Pausing, holders: Holders) -> None:
         self._service = service
         self._fanout = fanout
+        self._facts = facts
         self._pausing = pausing
         self._holders = holders
         self._busy = ""  # the call that is under way
@@ -104,21 +100,6 @@ class Weights:
             return Route(method="POST", path=path, handler=handler, summary=summary, body=body, reply=Message)
 
         return [
-            Route(
-                method="GET",
-                path="/get_world_size",
-                handler=self._get_world_size,
-                summary="Workers of all engines together",
-                query={"include_dp": bool},
-                reply=_WorldSize,
-            ),
-            Route(
-                method="GET",
-                path="/weight_info",
-                handler=self._weight_info,
-                summary="The weights that are sampled from",
-                reply=_WeightInfo,
-            ),
             post("/init_weight_transfer_engine", self._init, "Make one transfer group of all engines", InitBody),
             post("/start_weight_update", self._start, "Begin an update on all engines"),
             post("/update_weights", self._update, "Receive weights on all engines at the same time", UpdateBody),
@@ -126,50 +107,14 @@ class Weights:
             post("/update_weight_version", self._update_version, "Name the weights that engines have", VersionBody),
         ]
 
-    # What there is
-
-    async def _get_world_size(self, request: web.Request) -> web.Response:
-        query = f"?{request.query_string}" if request.query_string else ""
-        return web.json_response({"world_size": sum((await self._sizes(await self._fanout.live(), query)).values())})
-
-    async def _sizes(self, engines: Iterable[str], query: str = "") -> dict[str, int]:
-        outcome = await self._fanout.get(f"/get_world_size{query}", engines)
-        sizes = outcome.decoded(_WorldSize)
-        self._fanout.check(outcome, "without it the fleet's size is unknown")
-        return {name: said.world_size for name, said in sizes.items()}
-
-    async def _weight_info(self, _request: web.Request) -> web.Response:
-        """What is sampled from is always one version; engines that have another one are named beside it."""
-        outcome = await self._fanout.get("/weight_info", await self._fanout.live())
-        has = {name: said.weight_version for name, said in outcome.decoded(_WeightInfo).items()}
-        if not has:
-            self._fanout.check(outcome, "")
-        agreed = set(has.values())
-        current = next(iter(agreed)) if len(agreed) == 1 else self._service.core.version
-        others = {self._fanout.title(name): version for name, version in has.items() if version != current}
-        if len(others) == len(has):
-            said = ", ".join(f"{name} has {version}" for name, version in others.items())
-            raise ApiError(409, f"no engine has weight version {current}, which is sampled from: {said}")
-        return web.json_response({"weight_version": current} | ({"others": others} if others else {}))
-
-    async def _boots(self, engines: Iterable[str]) -> dict[str, str]:
-        """Identities of the processes behind engines; those that do not answer are left out."""
-
-        async def boot(name: str) -> tuple[str, str | None]:
-            with contextlib.suppress(EngineError, KeyError):
-                return name, (await self._service.client(name).stats(timeout_s=ASK_S)).boot
-            return name, None
-
-        return {name: found for name, found in await asyncio.gather(*map(boot, engines)) if found is not None}
-
     # The steps of an update
 
     async def _init(self, request: web.Request) -> web.Response:
         info = (await read_body(request, InitBody)).init_info
         async with self._alone("/init_weight_transfer_engine"):
             engines = await self._fanout.live()
-            self._group, self._workers = None, await self._sizes(engines)
-            boots = await self._boots(engines)
+            self._group, self._workers = None, await self._facts.sizes(engines)
+            boots = await self._facts.boots(engines)
             bodies = shifted(info, self._workers)
             outcome = await self._together("/init_weight_transfer_engine", bodies, INIT_S)
             self._fanout.check(outcome, "so there is no transfer group: initialise it again", repeatable=False)
@@ -177,22 +122,31 @@ class Weights:
         return web.json_response({"message": "Weight transfer initialized"})
 
     async def _start(self, _request: web.Request) -> web.Response:
-        async with self._alone("/start_weight_update"):
-            await self._pausing.hold()
-            boots = await self._boots(await self._fanout.live())
+        async with self._alone("/start_weight_update"), self._held():
+            live = await self._fanout.live()
+            boots = await self._facts.boots(live)
             engines = [name for name in boots if self._group is None or self._group.get(name) == boots[name]]
             if self._group is None:
-                self._workers = await self._sizes(engines)
+                self._workers = await self._facts.sizes(engines)
             begun = self._open or set()  # vLLM refuses to begin twice, and a trainer that was restarted has to
-            outcome = await self._fanout.post(
-                "/start_weight_update", [name for name in engines if name not in begun], b"{}", timeout_s=START_S
-            )
+            outcome = await self._start_on([name for name in engines if name not in begun])
+            outcome.failed |= dict.fromkeys(set(live) - boots.keys(), _GONE)
             self._open = {name for name in engines if name in begun or name in outcome.ok} or None
-            if self._open is None:
-                await self._pausing.release()
             self._fanout.check(outcome, "the update is open on the other engines", repeatable=False)
             self._check_group(boots)
         return web.json_response({"message": "Weight update started"})
+
+    async def _start_on(self, engines: Iterable[str]) -> Outcome:
+        """An engine that was left in the middle of an earlier update has to end that first."""
+        outcome = await self._fanout.post("/start_weight_update", engines, b"{}", timeout_s=START_S)
+        left = [name for name, error in outcome.failed.items() if error.kind is FailureKind.SERVER]
+        ended = await self._fanout.post("/finish_weight_update", left, b"{}", timeout_s=FINISH_S)
+        again = await self._fanout.post("/start_weight_update", ended.ok, b"{}", timeout_s=START_S)
+        for name in ended.ok:
+            del outcome.failed[name]
+        outcome.ok |= again.ok
+        outcome.failed |= again.failed
+        return outcome
 
     def _check_group(self, boots: Mapping[str, str]) -> None:
         lost = [name for name, boot in (self._group or {}).items() if boots.get(name) != boot]
@@ -255,17 +209,21 @@ class Weights:
                 return self._finished_before()
             self._updates += 1
             version = body.weight_version or f"update-{self._updates}-{self._service.run_id[-6:]}"
-            boots = await self._boots(self._open)  # before: a process that starts after this has nothing to finish
-            said = msgspec.json.encode({"weight_version": version})
-            outcome = await self._fanout.post("/finish_weight_update", boots, said, timeout_s=FINISH_S)
-            gone = EngineError(FailureKind.CONNECTION, "it does not answer any more")
-            outcome.failed |= dict.fromkeys(self._open - boots.keys(), gone)
-            self._open, self._transferred = None, True
-            await self._adopt(version, {name: boots[name] for name in outcome.ok})
+            async with self._held():
+                outcome = await self._finish_on(self._open, version)
             self._fanout.check(outcome, f"the others sample from {version}", repeatable=False)
             if not outcome.ok:
                 raise ApiError(424, "no engine has the whole update, so nothing is sampled before the next one")
         return web.json_response({"message": "Weight update finished", "weight_version": version})
+
+    async def _finish_on(self, engines: set[str], version: str) -> Outcome:
+        boots = await self._facts.boots(engines)  # before: a process that starts after this has nothing to finish
+        said = msgspec.json.encode({"weight_version": version})
+        outcome = await self._fanout.post("/finish_weight_update", boots, said, timeout_s=FINISH_S)
+        outcome.failed |= dict.fromkeys(engines - boots.keys(), _GONE)
+        self._open, self._transferred = None, True
+        await self._adopt(version, {name: boots[name] for name in outcome.ok})
+        return outcome
 
     def _finished_before(self) -> web.Response:
         """A trainer may repeat itself when an answer was lost."""
@@ -275,9 +233,8 @@ class Weights:
 
     async def _update_version(self, request: web.Request) -> web.Response:
         body = await read_body(request, VersionBody)
-        async with self._alone("/update_weight_version"):
-            await self._pausing.hold()
-            boots = await self._boots(await self._fanout.live())
+        async with self._alone("/update_weight_version"), self._held():
+            boots = await self._facts.boots(await self._fanout.live())
             engines = self._holders.among(boots) if self._transferred else list(boots)
             outcome = await self._fanout.post("/update_weight_version", engines, msgspec.json.encode(body))
             await self._adopt(body.new_version, {name: boots[name] for name in outcome.ok})
@@ -290,8 +247,16 @@ class Weights:
         self._service.set_version(version)
         self._service.check_engines()
         await self._service.fleet.flush_pools(self._service.run_id)
-        if not self.updating:
-            await self._pausing.release()
+
+    @contextlib.asynccontextmanager
+    async def _held(self) -> AsyncIterator[None]:
+        """Nothing is sampled inside, nor after it while an update is open."""
+        try:
+            await self._pausing.hold()
+            yield
+        finally:
+            if not self.updating:
+                await self._pausing.release()
 
     @contextlib.asynccontextmanager
     async def _alone(self, call: str) -> AsyncIterator[None]:
