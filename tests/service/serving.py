@@ -9,7 +9,6 @@ from aiohttp import web
 
 from seer_async.config import resolve
 from seer_async.service import Service
-from seer_servers.fleet import free_ports
 from seer_servers.service.errors import ApiError
 from seer_servers.service.jobs import Jobs
 from seer_servers.service.page import Page
@@ -17,7 +16,7 @@ from seer_servers.service.status import Status
 from tests.live.engines import mock_engines
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
     from pathlib import Path
 
     from seer_servers.service.part import Part
