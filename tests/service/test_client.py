@@ -5,22 +5,30 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import re
+import runpy
+import subprocess
+import sys
 import threading
+from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from aiohttp import web
 
-from seer_async.client import AsyncClient, Client
-from seer_async.clientcalls import Lines, RolloutError
+from seer_async.client import AsyncClient, AsyncRollout, Client, RolloutError
+from seer_async.clientcalls import Lines
 from seer_async.errors import SeerError
+from seer_servers.fleet import free_ports
 from tests.service.serving import FAST, SLOW, mock_engines, prompts, served
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
-    from pathlib import Path
 
     from tests.live.engines import MockProcess
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "rejection_sampling.py"
 
 
 @pytest.fixture(scope="module")
@@ -82,17 +90,21 @@ async def test_a_wire_that_is_cut(engines: list[MockProcess], tmp_path: Path) ->
 async def test_cancelled_from_the_side(engines: list[MockProcess], tmp_path: Path) -> None:
     async with served(engines, tmp_path) as app, AsyncClient(app.url) as client:
         rollout = await client.rollout(["one", [5, 6, 7], {"messages": [{"role": "user", "content": "two"}]}], n=8)
-        found = []
+        found: list[Any] = []
         with pytest.raises(RolloutError, match="cancelled"):
-            async for sample in rollout:
-                found.append(sample)
-                await rollout.cancel()
+            await _cancelling(rollout, found)
         status = await rollout.status()
         assert (status.status, status.spooled) == ("cancelled", len(found))
         with pytest.raises(RolloutError):
             [sample async for sample in client.attach(rollout.id)]
         assert [worker.name for worker in await client.workers()] == ["engine-0", "engine-1"]
         assert (await client.status()).rollouts[0].id == rollout.id
+
+
+async def _cancelling(rollout: AsyncRollout, found: list[Any]) -> None:
+    async for sample in rollout:
+        found.append(sample)
+        await rollout.cancel()
 
 
 async def test_what_the_server_refuses(engines: list[MockProcess], tmp_path: Path) -> None:
@@ -118,7 +130,7 @@ async def test_a_busy_server_is_asked_again(engines: list[MockProcess], tmp_path
 
 async def test_the_server_comes_back_without_the_rollout(engines: list[MockProcess], tmp_path: Path) -> None:
     """What it had of it is read to the end, then the reader is told."""
-    port = int(_free())
+    (port,) = free_ports(1)
     async with served(engines, tmp_path, port=port) as app, AsyncClient(app.url) as client:
         rollout = await client.rollout(prompts(4), n=8, max_tokens=1500, ignore_eos=True)
         quick = await client.rollout(prompts(2), n=2, max_tokens=4)
@@ -135,12 +147,6 @@ async def test_the_server_comes_back_without_the_rollout(engines: list[MockProce
 
 async def _all(client: AsyncClient, rollout: str) -> list[Any]:
     return [sample async for sample in client.attach(rollout)]
-
-
-def _free() -> int:
-    from seer_servers.fleet import free_ports
-
-    return free_ports(1)[0]
 
 
 def test_without_asyncio(engines: list[MockProcess], tmp_path: Path) -> None:
@@ -177,6 +183,34 @@ def _background(engines: list[MockProcess], folder: Path) -> Iterator[str]:
         loop.call_soon_threadsafe(end.set)
         thread.join(30)
         loop.close()
+
+
+def test_the_example(engines: list[MockProcess], tmp_path: Path) -> None:
+    """A mock knows no sums: every round is sampled whole, and nothing is kept."""
+    with _background(engines, tmp_path / "spool") as url:
+        options = ["--url", url, "--out", str(tmp_path / "out.jsonl"), "--questions", "4", "--rounds", "2", "-n", "8"]
+        command = [sys.executable, str(EXAMPLE), *options]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"round (\d): 32 of 32 responses", done.stdout) == ["0", "1"]
+    assert (tmp_path / "out.jsonl").read_text() == ""
+
+
+def test_the_example_keeps_what_is_right() -> None:
+    example = runpy.run_path(str(EXAMPLE))
+    texts = ["none", " 7", " 8.", " 8", "9"]
+    samples = [
+        SimpleNamespace(group=group, text=text, error="", extra={"answer": 8}) for text in texts for group in ("a", "b")
+    ]
+    cancelled: list[bool] = []
+
+    class Fake(list[SimpleNamespace]):
+        def cancel(self) -> None:
+            cancelled.append(True)
+
+    kept = list(example["accepted"](Fake(samples), 2))
+    assert [(sample.group, sample.text) for sample in kept] == [("a", " 8."), ("b", " 8.")]
+    assert cancelled == [True]
 
 
 def test_lines() -> None:

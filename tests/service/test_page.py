@@ -23,6 +23,13 @@ needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this
 READY = "!document.getElementById('main').hidden"
 HOSTILE = '<img src=x onerror="alert(1)">\u202e\x07'
 
+SMUGGLED = """new Promise((done) => {
+    addEventListener("securitypolicyviolation", (event) => done(event.violatedDirective));
+    const script = document.createElement("script");
+    script.textContent = "window.broken = 1";
+    document.body.append(script);
+})"""
+
 
 @pytest.fixture
 async def tab(tmp_path: Path) -> AsyncIterator[Tab]:
@@ -80,22 +87,22 @@ async def test_the_numbers_are_those_of_the_status(fast: list[MockProcess], tmp_
 
 @needs_browser
 async def test_it_follows_what_happens(tmp_path: Path, tab: Tab) -> None:
+    settings = {"engine": {"telemetry_s": 0.1, "probe_timeout_s": 0.5}}
     with mock_engines(SLOW) as engines:
-        async with served(engines, tmp_path / "s", engine={"telemetry_s": 0.1, "probe_timeout_s": 0.5}) as app:
-            async with httpx.AsyncClient(base_url=app.url, timeout=30) as client:
-                await tab.open(app.url + "/")
-                await tab.until(f"{READY} && document.getElementById('v-running').innerText === '0'")
-                await rollout(client, 4, 8, sampling={"max_tokens": 1500, "ignore_eos": True})
-                await tab.until("Number(document.getElementById('v-running').innerText) > 8")
-                await tab.until("document.querySelectorAll('#groups .row').length === 4")
-                await tab.until("document.querySelectorAll('#tail .row').length === 8")
-                await tab.until("document.querySelector('#throughput path') !== null")
-                engines[0].kill()
-                await tab.until("document.querySelector('#engines .pill.bad') !== null")
-                await tab.until("document.getElementById('engines').innerText.includes('Last error')")
-                await tab.look(width=390)
-                assert await tab.evaluate("document.documentElement.scrollWidth") == 390
-                assert tab.complaints == []
+        async with served(engines, tmp_path / "s", **settings) as app, httpx.AsyncClient(base_url=app.url) as client:
+            await tab.open(app.url + "/")
+            await tab.until(f"{READY} && document.getElementById('v-running').innerText === '0'")
+            await rollout(client, 4, 8, sampling={"max_tokens": 1500, "ignore_eos": True})
+            await tab.until("Number(document.getElementById('v-running').innerText) > 8")
+            await tab.until("document.querySelectorAll('#groups .row').length === 4")
+            await tab.until("document.querySelectorAll('#tail .row').length === 8")
+            await tab.until("document.querySelector('#throughput path') !== null")
+            engines[0].kill()
+            await tab.until("document.querySelector('#engines .pill.bad') !== null")
+            await tab.until("document.getElementById('engines').innerText.includes('Last error')")
+            await tab.look(width=390)
+            assert await tab.evaluate("document.documentElement.scrollWidth") == 390
+            assert tab.complaints == []
         await tab.until("!document.getElementById('banner').hidden")
         assert await text(tab, "#live") == "not reachable"
 
@@ -112,9 +119,7 @@ async def test_hostile_names_stay_text(fast: list[MockProcess], tmp_path: Path, 
         assert await tab.evaluate("document.querySelectorAll('img').length") == 0
         assert "\u202e" not in await text(tab, "body")
         assert tab.complaints == []
-        refused = """new Promise((done) => { addEventListener("securitypolicyviolation", (e) => done(e.violatedDirective));
-            const script = document.createElement("script"); script.textContent = "window.broken = 1"; document.body.append(script); })"""
-        assert "script-src" in await tab.evaluate(refused)
+        assert "script-src" in await tab.evaluate(SMUGGLED)
         assert await tab.evaluate("window.broken === undefined")
 
 
