@@ -25,6 +25,7 @@ from seer_async.clientcalls import (
     STREAM_TIMEOUT,
     Lines,
     Patience,
+    RolloutError,
     begin_options,
     check,
     client_options,
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 
     from seer_async.clientcalls import PromptLike
     from seer_async.snapshot import EngineView
+
+__all__ = ["AsyncClient", "AsyncRollout", "Client", "Rollout", "RolloutError"]
 
 T = TypeVar("T")
 

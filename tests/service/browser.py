@@ -48,6 +48,7 @@ class Tab:
         for domain in ("Page", "Runtime", "Log"):
             await self.call(f"{domain}.enable")
         await self.call("Page.navigate", url=url)
+        await self.until("location.protocol === 'http:' && document.readyState === 'complete'")
 
     async def evaluate(self, script: str) -> Any:
         said = await self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)

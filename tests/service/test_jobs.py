@@ -200,11 +200,9 @@ async def test_a_rollout_larger_than_the_room(fast: list[MockProcess], tmp_path:
 
         watching = asyncio.create_task(watch())
         async with asyncio.timeout(10):
-            while True:
+            statuses: list[dict[str, Any]] = []
+            while not statuses or not all(status["done"] for status in statuses):
                 statuses = [await look(client, job["id"]) for job in jobs]
-                if all(status["done"] for status in statuses):
-                    break
-                await asyncio.sleep(0.01)
         assert all(status["waiting"] > 0 for status in statuses)
         assert all(status["tokens_left"] > 0 and status["eta_s"] > 0 for status in statuses)
         found = [await read(client, job["id"]) for job in jobs]
@@ -309,7 +307,7 @@ async def test_hostile_ids(fast: list[MockProcess], tmp_path: Path) -> None:
 
 
 async def test_a_restarted_server(slow: list[MockProcess], tmp_path: Path) -> None:
-    """What ran is lost, what had finished of it is not; what was done is as it was. Neighbours are left alone."""
+    """What ran is lost, what had finished of it is not; what was done is as it was. The living are left alone."""
     async with served(slow, tmp_path) as app, http(app.url) as client:
         done = await begin(client, 1, 2)
         before = await read(client, done["id"])

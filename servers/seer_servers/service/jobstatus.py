@@ -70,8 +70,11 @@ def _tokens_left(spool: Spool, job: Job, views: list[TailView]) -> int | None:
 
 
 def _eta(job: Job, views: list[TailView], left: int | None, rate: float) -> float | None:
-    """Seconds for all that is left at the rate so far, but not less than the longest one needs by itself."""
-    if left is None or not rate:
+    """Seconds for all that is left at the rate so far, but not less than the longest one needs by itself.
+
+    None while nothing has finished, and when whatever is open has outgrown its estimate.
+    """
+    if left is None or not rate or left <= len(views):
         return None
     pace = job.generating_s / max(1, job.spool.tokens)  # seconds a token of one response
     longest = max((view.left for view in views), default=0)
