@@ -14,78 +14,81 @@ from __future__ import annotations
 import time
 from collections import Counter
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from seer_async.config import resolve
 from seer_async.core import Core
-from seer_async.events import ChunkFinished, Dispatch, Emit, EngineUp, Event, GroupAdded, InputClosed, Stop, Wake, Woke
+from seer_async.events import ChunkFinished, Dispatch, Emit, EngineUp, Event, GroupAdded, InputClosed, Wake, Woke
 from seer_async.simulation.acceptance import Drafting
+from seer_async.simulation.cost import EngineModel
 from seer_async.simulation.engine import Call, FastEngine
+from seer_async.simulation.estimates import find_estimate
 from seer_async.simulation.outcome import Figures, lower_bound
+from seer_async.simulation.workload import Workload
 from seer_async.testing.clock import VirtualClock
 from seer_async.types import ChunkReply, EngineInfo, Prompt
 from seer_async.workload import tail_start
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from typing import Any
+    from collections.abc import Sequence
 
     from seer_async.events import Command
     from seer_async.simulation.contender import Contender
-    from seer_async.simulation.cost import EngineModel
-    from seer_async.simulation.workload import Workload
 
 _BLOCK = 16  # tokens, unless a grain is more
 _GRAINS = 64  # in a chunk, at least
 _POOL = "simulated"
 
 
-class Simulation:
-    """One contender on one workload and one fleet. `scheduler` are keys of the config's scheduler section.
+class Setup(msgspec.Struct, frozen=True, kw_only=True):
+    """What all contenders share. `chunk_size` in tokens, 0 for whole responses; `grain` 0 chooses one.
 
-    `drafting` is how engines draft, when the contender wants drafts; `grain` 0 chooses one.
+    `scheduler` are keys of the config's scheduler section; `estimate` names a rule of `seer_async.simulation.estimates`.
     """
 
-    def __init__(
-        self,
-        workload: Workload,
-        engine: EngineModel,
-        contender: Contender,
-        *,
-        instances: int,
-        chunk_size: int,
-        scheduler: Mapping[str, Any] | None = None,
-        seed: int = 0,
-        grain: int = 0,
-    ) -> None:
-        self.workload = workload
+    workload: Workload
+    engine: EngineModel
+    instances: int
+    chunk_size: int
+    scheduler: dict[str, Any] = {}
+    estimate: str = "longest"
+    seed: int = 0
+    grain: int = 0
+
+
+class Simulation:
+    """One contender in one setup."""
+
+    def __init__(self, setup: Setup, contender: Contender) -> None:
+        self.workload = setup.workload
         self.contender = contender
-        self.grain = grain or max(1, chunk_size // _GRAINS)
-        self.clock = VirtualClock(seed)
+        self.grain = setup.grain or max(1, setup.chunk_size // _GRAINS)
+        self.clock = VirtualClock(setup.seed)
         self.drafting = Drafting.from_table(grouped=contender.draft == "grouped") if contender.draft else None
         self.finished: dict[str, float] = {}  # when responses finished
         self.tokens = self.chunks = self.loaded = 0
-        self._model = engine
-        self._seed = seed
+        self._model = setup.engine
         self._started: Counter[str] = Counter()  # requests by group
         self._pool: dict[str, int] = {}  # tokens by request
-        self._calls: dict[int, Dispatch] = {}
         self._replies: dict[int, ChunkReply] = {}
         self._true = self._lengths()
-        self.engines = {name: self._engine(name) for name in (f"e{number}" for number in range(instances))}
-        self.core = Core(
-            resolve(
-                {
-                    "rollout": {"chunk_size": max(1, chunk_size // self.grain) if chunk_size else 0},
-                    "scheduler": {**(scheduler or {}), "policy": contender.policy},
-                    "engine": {"max_in_flight": 10**6},
-                }
-            ),
-            list(self.engines),
-            run="simulation",
-            seed=seed,
-            lengths=self._true,
+        self.engines = {name: self._engine(name) for name in (f"e{number}" for number in range(setup.instances))}
+        self.core = self._core(setup)
+
+    def _core(self, setup: Setup) -> Core:
+        chunk = max(1, setup.chunk_size // self.grain) if setup.chunk_size else 0
+        config = resolve(
+            {
+                "rollout": {"chunk_size": chunk},
+                "scheduler": {**setup.scheduler, "policy": self.contender.policy},
+                "engine": {"max_in_flight": 10**6},  # an engine's own limit holds
+            }
         )
+        core = Core(config, list(self.engines), run="simulation", seed=setup.seed, lengths=self._true)
+        core.context = core.policy.context = find_estimate(setup.estimate)
+        return core
 
     def run(self) -> Figures:
         """Simulate it from the first call to the last sample."""
@@ -163,10 +166,8 @@ class Simulation:
                 self._emitted(command)
             case Wake():
                 self.clock.after(command.at - self.clock.now, lambda: self._post([Woke()]))
-            case Stop():
-                pass  # `run` sees it
             case _:
-                pass  # nothing is journalled, and calls are given up only when the rollout ends
+                pass  # nothing is journalled; calls are given up only when the rollout ends, and `run` sees that
 
     def _emitted(self, emit: Emit) -> None:
         if emit.sample.finish_reason in {"stop", "length"}:

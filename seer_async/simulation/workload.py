@@ -64,6 +64,11 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
         between = float(np.var([np.mean(part) for part in logs], ddof=1)) - within / size
         return between / (between + within)
 
+    def twice(self) -> Workload:
+        """Every group and another one like it."""
+        again = tuple(msgspec.structs.replace(group, id=f"{group.id}-again") for group in self.groups)
+        return msgspec.structs.replace(self, groups=self.groups + again)
+
 
 class Shape(msgspec.Struct, frozen=True, kw_only=True):
     """A generated workload: `requests` responses, `n` to a prompt of `prompt` tokens.
