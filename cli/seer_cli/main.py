@@ -13,6 +13,7 @@ from seer_cli.draftserver import draft_server
 from seer_cli.fleet import fleet
 from seer_cli.mock import mock_engine
 from seer_cli.rollout import rollout
+from seer_cli.simulate import simulate
 
 app = typer.Typer(
     name="seer",
@@ -23,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("rollout")(rollout)
+app.command("simulate")(simulate)
 app.command("mock-engine")(mock_engine)
 app.command("draft-server")(draft_server)
 app.add_typer(fleet, name="fleet")

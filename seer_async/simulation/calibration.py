@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from seer_async.errors import UsageError
-from seer_async.simulation.cost import EngineCost, EngineModel
+from seer_async.simulation.cost import EngineCost, EngineModel, Fleet
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _LEAST_CHUNKS = 20
+_SEATS = 1024  # of an engine that does not say
 
 
 class _Chunk(msgspec.Struct):
@@ -89,11 +90,11 @@ def fit(engines: Sequence[Sequence[Span]]) -> Fit:
     return Fit(cost=cost, chunks=len(rows), error=float(np.median(np.abs(predicted / taken - 1))))
 
 
-def engine_of_run(path: Path, cost: EngineCost) -> tuple[EngineModel, int]:
-    """A run folder's engines, with that cost, and how many there were.
+def fleet_of_run(path: Path) -> Fleet:
+    """A run folder's engines as they were, with the cost fitted to the run.
 
     Raises:
-        UsageError: run.json cannot be read, or does not describe its engines.
+        UsageError: The folder cannot be read, describes no engines, or holds too few chunks.
     """
     try:
         run = msgspec.json.decode((path / "run.json").read_bytes(), type=_Run)
@@ -102,9 +103,12 @@ def engine_of_run(path: Path, cost: EngineCost) -> tuple[EngineModel, int]:
     infos = [engine.info for engine in run.engines if engine.info]
     if not infos:
         raise UsageError(f"{path / 'run.json'} does not describe its engines; give the folder of a finished run")
-    room = min(info.num_blocks * info.block_size for info in infos)
-    seats = min(info.max_num_seqs or 1024 for info in infos)
-    return EngineModel(cost=cost, kv_tokens=room, max_seqs=seats), len(infos)
+    model = EngineModel(
+        cost=fit_run(path).cost,
+        kv_tokens=min((info.num_blocks - 1) * info.block_size for info in infos),
+        max_seqs=min(info.max_num_seqs or _SEATS for info in infos),
+    )
+    return Fleet(engine=model, instances=len(infos), chunk_size=run.config.rollout.chunk_size)
 
 
 class _Info(msgspec.Struct):
@@ -117,8 +121,17 @@ class _Engine(msgspec.Struct):
     info: _Info | None = None
 
 
+class _Rollout(msgspec.Struct):
+    chunk_size: int
+
+
+class _Config(msgspec.Struct):
+    rollout: _Rollout
+
+
 class _Run(msgspec.Struct):
     engines: list[_Engine]
+    config: _Config
 
 
 def _spans(path: Path) -> list[list[Span]]:

@@ -40,4 +40,6 @@ def _over_issued(setup: Setup, policy: str) -> Setup:
     """A policy that stops early starts more: the workload twice, in the same proportions."""
     if find_policy(policy).unbiased:
         return setup
-    return msgspec.structs.replace(setup, workload=setup.workload.twice(), scheduler={**setup.scheduler, "over_issue": 2.0})
+    return msgspec.structs.replace(
+        setup, workload=setup.workload.twice(), scheduler={**setup.scheduler, "over_issue": 2.0}
+    )

@@ -54,3 +54,11 @@ class EngineModel(msgspec.Struct, frozen=True, kw_only=True):
     cost: EngineCost
     kv_tokens: int
     max_seqs: int = 1024
+
+
+class Fleet(msgspec.Struct, frozen=True, kw_only=True):
+    """`instances` engines alike, and the tokens of a chunk on them (0: whole responses)."""
+
+    engine: EngineModel
+    instances: int
+    chunk_size: int

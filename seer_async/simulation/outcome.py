@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import msgspec
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from seer_async.simulation.acceptance import Drafting
     from seer_async.simulation.cost import EngineModel
-    from seer_async.simulation.workload import Workload
 
 
 class Figures(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,7 +40,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     wall_s: float
 
 
-def lower_bound(workload: Workload, instances: int, engine: EngineModel, drafting: Drafting | None = None) -> float:
+def lower_bound(lengths: Sequence[int], instances: int, engine: EngineModel, drafting: Drafting | None = None) -> float:
     """Seconds that no schedule can beat: all work in the best batches on all engines, or the longest response alone.
 
     Every token costs its share of a step and the reading of its context. There are at least as many steps as the places
@@ -47,7 +48,6 @@ def lower_bound(workload: Workload, instances: int, engine: EngineModel, draftin
     grow. Prompts and their prefill are left out.
     """
     ways = list(enumerate(drafting.best_gains)) if drafting else [(0, 1.0)]
-    lengths = list(workload.lengths)
     longest = [max(lengths)]
     seats, memory = float(engine.max_seqs), float(engine.kv_tokens)
     return max(
@@ -58,7 +58,12 @@ def lower_bound(workload: Workload, instances: int, engine: EngineModel, draftin
 
 
 def _work_s(
-    lengths: list[int], engine: EngineModel, way: tuple[int, float], *, seats: float = math.inf, memory: float = math.inf
+    lengths: Sequence[int],
+    engine: EngineModel,
+    way: tuple[int, float],
+    *,
+    seats: float = math.inf,
+    memory: float = math.inf,
 ) -> float:
     """Engine seconds for responses drafted for with `way`, a depth and the tokens that a step then brings."""
     depth, gain = way
@@ -67,7 +72,5 @@ def _work_s(
     cost = engine.cost
     steps = max(tokens / seats, context / memory)
     return (
-        cost.base_s * steps
-        + (cost.sequence_s + cost.draft_token_s * depth) * tokens
-        + cost.context_token_s * context
+        cost.base_s * steps + (cost.sequence_s + cost.draft_token_s * depth) * tokens + cost.context_token_s * context
     )

@@ -223,7 +223,8 @@ class Simulation:
     def _figures(self, wall_s: float) -> Figures:
         total = self.clock.now
         engines = self.engines.values()
-        bound = lower_bound(self.workload, len(engines), self._model, self.drafting)
+        lengths = [self._true[request] * self.grain for request in self.finished]
+        bound = lower_bound(lengths, len(engines), self._model, self.drafting)
         return Figures(
             contender=self.contender.name,
             workload=self.workload.name,
