@@ -5,6 +5,7 @@ The core, the policies and the placement are those of live runs; engines are a c
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from seer_async.simulation.outcome import Figures
     from seer_async.simulation.studies import Row
 
+_WIDTH = 130  # of a table that is not shown on a terminal
 _CONTENDERS = (
     "group-round-robin",
     "streamrl",
@@ -46,7 +48,7 @@ _COLUMNS = (
     "total s",
     "tail s",
     "idle",
-    "preempt",
+    "preempted",
     "again",
     "moves",
     "oracle",
@@ -70,9 +72,7 @@ def simulate(
     ] = None,
     study_name: Annotated[
         str | None,
-        typer.Option(
-            "--study", help=f"Repeat one of the paper's measurements: {', '.join(STUDIES)}.", show_default=False
-        ),
+        typer.Option("--study", help=f"A measurement of the paper's, again: {', '.join(STUDIES)}.", show_default=False),
     ] = None,
     engine: Annotated[
         str | None,
@@ -126,7 +126,7 @@ def simulate(
         if json:
             print_json(value)
         else:
-            Console().print(table)
+            Console(width=None if sys.stdout.isatty() else _WIDTH).print(table)
 
 
 def _given(**options: Any) -> dict[str, Any]:
@@ -138,9 +138,7 @@ def _setup(workload: str, seed: int, scale: float, shape: dict[str, Any]) -> Set
     if not _is_folder(workload):
         return scaled(setting(workload), seed=seed, scale=scale, changes=shape)
     if shape:
-        raise UsageError(
-            "a recorded run has its own responses; --requests, -n and --correlation are for other workloads"
-        )
+        raise UsageError("a recorded run has its own responses: leave out --requests, -n and --correlation")
     return Setup(workload=recorded(Path(workload)), seed=seed, **msgspec.structs.asdict(fleet_of_run(Path(workload))))
 
 

@@ -1,7 +1,7 @@
-"""StreamRL with true lengths: groups dealt out by length, longest first, and never moved (the paper's StreamRL-Oracle).
+"""StreamRL with true lengths: groups dealt out longest first, and never moved (the paper's StreamRL-Oracle).
 
-Each group goes, longest first, to the engine with the least work dealt to it so far; an engine's queue takes its requests
-in that order, whole. What an oracle of lengths is worth without divided rollout.
+Each group goes, longest first, to the engine with the least work dealt to it so far; an engine's queue takes its
+requests in that order, whole. What an oracle of lengths is worth without divided rollout.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Drafting as a factor: tokens a step by the number of siblings that can be drafted from, and how deep to draft.
 
 The table is the paper's: the mean acceptance length, bonus token included, of one drafted path by the number of sibling
-references. Read as a chance `a` per position (1 + a + a^2 + ... = length), it gives what each drafted position is worth.
+references. Read as a chance `a` per position (1 + a + a^2 + ... = length), it says what each position is worth.
 Invariant: `depths` takes the likeliest positions of the batch first and stops where one more would not speed it up,
 the marginal-benefit budget of `seer_async.drafting.budget` for classes of requests instead of single ones.
 """

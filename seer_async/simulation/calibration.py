@@ -1,8 +1,10 @@
 """What an engine's steps cost, fitted to a recorded run.
 
-A chunk of t tokens that took d seconds saw t steps while its engine ran B calls with K tokens of KV on average, and waited
-for the prefills that began meanwhile: d = t (base + sequence B + context K) + prefill P. The run folder says d and t of
-every chunk, and so B, K and P: chunks carry their start and end, and how much of their prefix was cached or pooled.
+A chunk of t tokens that took d seconds saw t steps while its engine ran B calls with K tokens of KV on average, and
+waited for the prefills that began meanwhile: d = t (base + sequence B + context K) + prefill P. The run folder says d
+and t of every chunk, and so B, K and P: chunks carry their start and end, and how much of their prefix was cached or
+pooled. Calls that wait inside an engine, as those of undivided policies do, are taken for running: calibrate from a
+divided run.
 Invariant: no cost is negative; one that would be is left out of the fit.
 """
 

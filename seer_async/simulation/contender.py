@@ -1,7 +1,7 @@
 """A contender: a policy and what it is given, as written on the command line.
 
-`POLICY[+pool][+grouped|+suffix]`: `pool` lets engines share KV, `grouped` lets them draft from all siblings, `suffix` from
-the request's own tokens alone.
+`POLICY[+pool][+grouped|+suffix]`: `pool` lets engines share KV, `grouped` lets them draft from all siblings, `suffix`
+from the request's own tokens alone.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """An engine with closed-form progress: continuous batching, KV memory, preemption, prefix cache, drafts, pool loads.
 
-Invariants: what runs never exceeds the KV memory; calls are admitted first come, first served, as vLLM does it, with room
-for what they have and not for what they will generate; when memory is full, the latest admitted call is preempted, goes
-to the head of the queue and computes all its tokens again; a prefill holds up the batch.
+Invariants: what runs never exceeds the KV memory; calls are admitted first come, first served, as vLLM does it, with
+room for what they have and not for what they will generate; when memory is full, the latest admitted call is preempted,
+goes to the head of the queue and computes all its tokens again; a prefill holds up the batch.
 
 Nothing loops over steps. All running calls of a level (how well they are drafted for) gain the same tokens a step, so
 a level has one counter, a call ends when its level's counter reaches its target, and between two changes of the batch

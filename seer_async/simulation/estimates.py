@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Mean(Context):
-    """The mean of the finished responses, or the longest generated so far if that is more."""
+    """The mean of the finished responses, whatever the unfinished ones have reached."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Mean(Context):
         """See `Context`."""
         if not self.known(group):
             return group.limit
-        return max(self._sum[group] // self._count[group], self._generated.get(group, 0))
+        return self._sum[group] // self._count[group]
 
 
 class Optimistic(Context):

@@ -44,8 +44,8 @@ def lower_bound(lengths: Sequence[int], instances: int, engine: EngineModel, dra
     """Seconds that no schedule can beat: all work in the best batches on all engines, or the longest response alone.
 
     Every token costs its share of a step and the reading of its context. There are at least as many steps as the places
-    in a batch ask for, and as many as memory asks for: summed over the steps, KV in use is what responses hold while they
-    grow. Prompts and their prefill are left out.
+    in a batch ask for, and as many as memory asks for: summed over the steps, KV in use is what responses hold while
+    they grow. Prompts and their prefill are left out.
     """
     ways = list(enumerate(drafting.best_gains)) if drafting else [(0, 1.0)]
     longest = [max(lengths)]

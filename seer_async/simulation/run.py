@@ -1,12 +1,12 @@
 """A rollout under a virtual clock: the real core, policy and placement over engines with closed-form progress.
 
 The core is the one that runs live fleets. It counts tokens in grains: one token of the core's stands for `grain` of the
-engines', so that a response of 65,536 tokens is a list of 512 entries; lengths are rounded up to whole grains. Invariants:
-commands are executed in order; calls of one engine that end together are one batch of events; the same arguments give the
-same figures.
+engines', so that a response of 65,536 tokens is a list of 1,024 entries; lengths are rounded up to whole grains.
+Invariants: commands are executed in order; calls of one engine that end together are one batch of events; the same
+arguments give the same figures.
 
-Left out: the network, telemetry (nothing else uses these engines, and a policy that admits by room causes no preemption),
-faults.
+Left out: the network, faults, and telemetry (nothing else uses these engines, and a policy that admits by room causes
+no preemption).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _POOL = "simulated"
 class Setup(msgspec.Struct, frozen=True, kw_only=True):
     """What all contenders share. `chunk_size` in tokens, 0 for whole responses; `grain` 0 chooses one.
 
-    `scheduler` are keys of the config's scheduler section; `estimate` names a rule of `seer_async.simulation.estimates`.
+    `scheduler` are keys of the config's scheduler section; `estimate` names a rule of `simulation.estimates`.
     """
 
     workload: Workload

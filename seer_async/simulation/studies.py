@@ -8,13 +8,13 @@ import msgspec
 
 from seer_async.errors import UsageError
 from seer_async.simulation.contest import contest
+from seer_async.simulation.outcome import Figures
 from seer_async.simulation.presets import KIMI_K2, MOONLIGHT, QWEN2_VL, Setting
 from seer_async.simulation.run import Setup
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from seer_async.simulation.outcome import Figures
 
 BASELINE = "group-round-robin"
 

@@ -1,8 +1,8 @@
 """What is simulated: groups of responses with known lengths.
 
-Lengths of generated workloads are heavy-tailed over groups and similar within one: the logarithm of a length is the sum of
-a group's part and a response's own, both normal, cut off at the limit. Invariant: the mean of what comes out is the
-wanted one to within one part in a thousand, and the longest response is as long as the limit.
+Lengths of generated workloads are heavy-tailed over groups and similar within one: the logarithm of a length is the sum
+of a group's part and a response's own, both normal, cut off at the limit. Invariant: the mean of what comes out is the
+wanted one, but for rounding, and the longest response is as long as the limit.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
     limit: int
     prompt: int = 512
     sigma: float = 1.0
-    correlation: float = 0.75
+    correlation: float = 0.95
 
     def __post_init__(self) -> None:
         if not 0 < self.mean < self.limit:
