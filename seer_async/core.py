@@ -449,39 +449,41 @@ class Core:
     # Scheduling
 
     def _schedule(self) -> None:
-        usable = sum(instance.usable(self._now) for instance in self.instances.values())
+        usable = [
+            instance
+            for instance in self.instances.values()
+            if instance.usable(self._now) and (not self.lasting or instance.version == self.version)
+        ]
         if self.closing or self.paused or not usable:
             return
         skipped: list[Request] = []
         while (request := self.policy.choose()) is not None:
             tokens = request.length + self._chunk_bound(request)
-            instances = self._candidates(request, tokens)
+            instances = self._candidates(request, tokens, usable)
             if not instances:
                 self._no_candidate(request, tokens)
             elif instance := self.policy.place(request, tokens, instances):
                 self._dispatch(request, instance, tokens)
-            elif len(instances) < usable and len(skipped) < _MOST_SKIPPED:
+            elif len(instances) < len(usable) and len(skipped) < _MOST_SKIPPED:
                 self.buffer.park(request)  # bound to engines that are full; others may still use the rest
                 skipped.append(request)
             else:
                 break  # no room: what goes first waits for it
         self.buffer.unpark(skipped)
 
-    def _candidates(self, request: Request, tokens: int) -> list[Instance]:
+    def _candidates(self, request: Request, tokens: int, usable: Sequence[Instance]) -> list[Instance]:
         """Engines that may take the request, whether they have room now or not; never the one that just failed it."""
-        fit = [
-            instance
-            for instance in self.instances.values()
-            if instance.usable(self._now)
-            and self._version_fits(request, instance)
-            and instance.could_hold(tokens)
-            and instance.name not in request.rejected_by
-        ]
-        return [instance for instance in fit if instance.name != request.avoid] or fit
+        fit = [instance for instance in usable if tokens <= instance.longest]
+        if request.version is not None:
+            version = request.version
+            fit = [instance for instance in fit if instance.version == version or self._version_fits(request, instance)]
+        if request.rejected_by:
+            fit = [instance for instance in fit if instance.name not in request.rejected_by]
+        if request.avoid is not None:
+            return [instance for instance in fit if instance.name != request.avoid] or fit
+        return fit
 
     def _version_fits(self, request: Request, instance: Instance) -> bool:
-        if self.lasting and instance.version != self.version:
-            return False
         return (
             request.version is None
             or request.version == instance.version

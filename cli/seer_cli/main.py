@@ -15,6 +15,7 @@ from seer_cli.mock import mock_engine
 from seer_cli.report import report
 from seer_cli.rollout import rollout
 from seer_cli.serve import serve
+from seer_cli.simulate import simulate
 
 app = typer.Typer(
     name="seer",
@@ -27,6 +28,7 @@ app = typer.Typer(
 app.command("rollout")(rollout)
 app.command("serve")(serve)
 app.command("report")(report)
+app.command("simulate")(simulate)
 app.command("mock-engine")(mock_engine)
 app.command("draft-server")(draft_server)
 app.add_typer(fleet, name="fleet")
