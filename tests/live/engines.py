@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import subprocess
+import multiprocessing
+import os
+import socket
 import sys
+import time
 from typing import TYPE_CHECKING
 
 import httpx
 
+from seer_cli.main import app
 from seer_servers.fleet import free_ports
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from multiprocessing.process import BaseProcess
+
+
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(
+    ["seer_cli.main"]
+)  # a process a test costs milliseconds, where an interpreter costs seconds
+_START_S = 60.0
 
 
 class MockProcess:
@@ -21,16 +33,26 @@ class MockProcess:
 
     def __init__(self, port: int, *options: str) -> None:
         self.url = f"http://127.0.0.1:{port}"
-        self._command = [sys.executable, "-m", "seer_cli.main", "mock-engine", "--port", str(port), *options]
-        self._process: subprocess.Popen[bytes] | None = None
+        self._port = port
+        self._options = options
+        self._process: BaseProcess | None = None
 
     def launch(self) -> None:
-        self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE)
+        command = ["mock-engine", "--port", str(self._port), *self._options]
+        self._process = _SERVER.Process(target=_run, args=(command,), daemon=True)
+        self._process.start()
 
     def wait_ready(self) -> None:
-        assert self._process and self._process.stdout
-        line = self._process.stdout.readline()
-        assert b"ready" in line, line
+        deadline = time.monotonic() + _START_S
+        while not self._listens():
+            assert self._process and self._process.is_alive(), f"the mock engine ended: {self._options}"
+            assert time.monotonic() < deadline, "the mock engine does not start"
+            time.sleep(0.01)
+
+    def _listens(self) -> bool:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._port), timeout=1):
+            return True
+        return False
 
     async def start(self) -> None:
         self.launch()
@@ -39,9 +61,12 @@ class MockProcess:
     def kill(self) -> None:
         if self._process:
             self._process.kill()
-            self._process.wait()
-            assert self._process.stdout
-            self._process.stdout.close()
+            self._process.join()
+
+
+def _run(command: list[str]) -> None:
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115 - for as long as the process lives
+    app(command)
 
 
 @contextlib.contextmanager
