@@ -321,8 +321,8 @@ class _Desk:
     life = 0
 
     def __init__(self) -> None:
-        self._tickets: dict[str, tuple[Ticket, int]] = {}
         self.lengths: deque[int] = deque(maxlen=_LENGTHS_KEPT)
+        self._tickets: dict[str, tuple[Ticket, int]] = {}
         self.idle = asyncio.Event()  # nobody waits for anything
         self.idle.set()
 
