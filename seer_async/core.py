@@ -28,6 +28,7 @@ from seer_async.events import (
     Emit,
     EngineAdded,
     EngineDown,
+    EngineHeld,
     EngineRemoved,
     EngineReport,
     EngineUp,
@@ -161,6 +162,8 @@ class Core:
                 self._engine_down(event.engine, event.reason)
             case RequestsCancelled():
                 self._give_up(event)
+            case EngineHeld():
+                self._hold(self.instances[event.engine], held=event.held)
             case EngineAdded():
                 self.instances[event.engine] = Instance(event.engine, self.config.engine)
             case EngineRemoved():
@@ -250,6 +253,15 @@ class Core:
             self._put_back(self.calls.pop(call).request)
         self.buffer.unpark()
 
+    def _hold(self, instance: Instance, *, held: bool) -> None:
+        if held and not instance.held:
+            for call in [call for call in self.calls.values() if call.instance is instance]:
+                self._out.append(Cancel(call=call.id, engine=instance.name))
+                self._close(call.id)
+                self._put_back(call.request)
+        instance.held = held
+        self.buffer.unpark()
+
     def _observe(self, event: EngineReport) -> None:
         instance = self.instances[event.engine]
         if not instance.up or instance.info is None or event.stats.boot != instance.info.boot:
@@ -297,11 +309,14 @@ class Core:
         call.instance.succeeded()
         assert request.generated == call.generated, "a request's tokens change only through its call"
         if not reply.token_ids:  # aborted on the engine before its first token: someone paused it
-            call.instance.close_for(_BUSY_WAIT_S, self._now)
+            if not self.paused:
+                call.instance.close_for(_BUSY_WAIT_S, self._now)
             self._put_back(request)
             return
         version, mixed = self._version_of(call, reply)
-        if mixed and request.group.options.mixed_versions == "restart":
+        options = request.group.options
+        cut_short = options.indivisible and reply.finish_reason == "abort"
+        if cut_short or (mixed and options.mixed_versions == "restart"):
             self._restart(request)
             return
         reply, stop = self._cut_at_stop(request, reply)
@@ -434,39 +449,41 @@ class Core:
     # Scheduling
 
     def _schedule(self) -> None:
-        usable = sum(instance.usable(self._now) for instance in self.instances.values())
+        usable = [
+            instance
+            for instance in self.instances.values()
+            if instance.usable(self._now) and (not self.lasting or instance.version == self.version)
+        ]
         if self.closing or self.paused or not usable:
             return
         skipped: list[Request] = []
         while (request := self.policy.choose()) is not None:
             tokens = request.length + self._chunk_bound(request)
-            instances = self._candidates(request, tokens)
+            instances = self._candidates(request, tokens, usable)
             if not instances:
                 self._no_candidate(request, tokens)
             elif instance := self.policy.place(request, tokens, instances):
                 self._dispatch(request, instance, tokens)
-            elif len(instances) < usable and len(skipped) < _MOST_SKIPPED:
+            elif len(instances) < len(usable) and len(skipped) < _MOST_SKIPPED:
                 self.buffer.park(request)  # bound to engines that are full; others may still use the rest
                 skipped.append(request)
             else:
                 break  # no room: what goes first waits for it
         self.buffer.unpark(skipped)
 
-    def _candidates(self, request: Request, tokens: int) -> list[Instance]:
+    def _candidates(self, request: Request, tokens: int, usable: Sequence[Instance]) -> list[Instance]:
         """Engines that may take the request, whether they have room now or not; never the one that just failed it."""
-        fit = [
-            instance
-            for instance in self.instances.values()
-            if instance.usable(self._now)
-            and self._version_fits(request, instance)
-            and instance.could_hold(tokens)
-            and instance.name not in request.rejected_by
-        ]
-        return [instance for instance in fit if instance.name != request.avoid] or fit
+        fit = [instance for instance in usable if tokens <= instance.longest]
+        if request.version is not None:
+            version = request.version
+            fit = [instance for instance in fit if instance.version == version or self._version_fits(request, instance)]
+        if request.rejected_by:
+            fit = [instance for instance in fit if instance.name not in request.rejected_by]
+        if request.avoid is not None:
+            return [instance for instance in fit if instance.name != request.avoid] or fit
+        return fit
 
     def _version_fits(self, request: Request, instance: Instance) -> bool:
-        if self.lasting and instance.version != self.version:
-            return False
         return (
             request.version is None
             or request.version == instance.version
@@ -493,7 +510,8 @@ class Core:
 
     def _chunk_bound(self, request: Request) -> int:
         """The most tokens the next chunk may add, as far as a policy may know."""
-        size = request.group.options.chunk_size
+        options = request.group.options
+        size = 0 if options.indivisible else options.chunk_size
         return min(size, request.remaining) if size and self.policy.divided else request.remaining
 
     def _dispatch(self, request: Request, instance: Instance, tokens: int) -> None:
@@ -584,7 +602,8 @@ class Core:
     def _wake_when_needed(self) -> None:
         closed = [i.closed_until for i in self.instances.values() if i.up and i.closed_until > self._now]
         due = closed
-        if self.calls or not self.buffer.open or self.paused:
+        held = any(i.held and i.up for i in self.instances.values())
+        if self.calls or not self.buffer.open or self.paused or held:
             self._idle_since = None
         else:
             self._idle_since = self._now if self._idle_since is None else self._idle_since

@@ -30,6 +30,15 @@ _BUSY, _UNAVAILABLE, _TIMEOUT = 429, 503, 408
 _T = TypeVar("_T")
 
 
+class Answer(msgspec.Struct, frozen=True):
+    """Whatever a server says to a call; `retry_after` in seconds, if it said so."""
+
+    status: int
+    content_type: str
+    body: bytes
+    retry_after: float | None = None
+
+
 class _Model(msgspec.Struct):
     id: str
     root: str | None = None
@@ -121,6 +130,10 @@ class EngineClient:
         )
         metrics = Metrics(page)
         return metrics.stats(boot=metrics.boot, weight_version=version)
+
+    async def control(self, method: str, path: str, body: bytes | None = None, *, timeout_s: float) -> bytes:
+        """The answer to a control call; `path` includes the query."""
+        return await self._request(method, path, body, timeout_s)
 
     async def pool_counters(self, *, timeout_s: float) -> dict[str, int]:
         """The numbers of the engine's KV pool (see GET /v1/seer/kv/stats); blocks, bytes, tokens, nanoseconds."""
@@ -215,6 +228,15 @@ class EngineClient:
     async def _request(
         self, method: str, path: str, body: bytes | None, timeout_s: float | None, limit: int = _PAGE_LIMIT
     ) -> bytes:
+        answer = await self.ask(method, path, body, timeout_s=timeout_s, limit=limit)
+        if answer.status == 200:  # noqa: PLR2004 - HTTP
+            return answer.body
+        raise _status_error(answer, path)
+
+    async def ask(
+        self, method: str, path: str, body: bytes | None = None, *, timeout_s: float | None, limit: int = _PAGE_LIMIT
+    ) -> Answer:
+        """Ask anything, and get the answer as it is; raises EngineError only where there is none."""
         try:
             async with self._session.request(
                 method,
@@ -224,10 +246,10 @@ class EngineClient:
                 allow_redirects=False,
                 timeout=aiohttp.ClientTimeout(total=timeout_s),
             ) as response:
-                answer = await _read(response, limit)
-                if response.status == 200:  # noqa: PLR2004 - HTTP
-                    return answer
-                raise _status_error(response, path, answer)
+                said = await _read(response, limit)
+                return Answer(
+                    response.status, response.content_type, said, _seconds(response.headers.get("Retry-After"))
+                )
         except TimeoutError as error:
             raise EngineError(FailureKind.TIMEOUT, f"{path} took longer than {timeout_s:g} s") from error
         except (aiohttp.ClientError, OSError) as error:
@@ -258,17 +280,17 @@ async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
     return b"".join(parts)
 
 
-def _status_error(response: aiohttp.ClientResponse, path: str, answer: bytes) -> EngineError:
-    status = response.status
-    message = f"{path} answered {status}: {_message(answer)}"
-    retry_after = _seconds(response.headers.get("Retry-After"))
+def _status_error(answer: Answer, path: str) -> EngineError:
+    status, retry_after = answer.status, answer.retry_after
+    message = f"{path} answered {status}: {_message(answer.body)}"
     if status == _BUSY or (status == _UNAVAILABLE and retry_after is not None):
-        return EngineError(FailureKind.BUSY, message, retry_after=retry_after)
+        return EngineError(FailureKind.BUSY, message, retry_after=retry_after, status=status)
     if status == _TIMEOUT:
-        return EngineError(FailureKind.TIMEOUT, message)
+        return EngineError(FailureKind.TIMEOUT, message, status=status)
     if 400 <= status < 500:  # noqa: PLR2004 - HTTP
-        return EngineError(FailureKind.REJECTED, message)
-    return EngineError(FailureKind.SERVER if status >= 500 else FailureKind.BAD_REPLY, message)  # noqa: PLR2004 - HTTP
+        return EngineError(FailureKind.REJECTED, message, status=status)
+    kind = FailureKind.SERVER if status >= 500 else FailureKind.BAD_REPLY  # noqa: PLR2004 - HTTP
+    return EngineError(kind, message, status=status)
 
 
 def _seconds(text: str | None) -> float | None:

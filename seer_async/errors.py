@@ -71,9 +71,11 @@ class EngineError(Exception):
     Attributes:
         kind: What happened.
         retry_after: Seconds the engine asked us to wait, if it did.
+        status: The HTTP status of its answer; 0 if there was none, or a good one.
     """
 
-    def __init__(self, kind: FailureKind, message: str, *, retry_after: float | None = None) -> None:
+    def __init__(self, kind: FailureKind, message: str, *, retry_after: float | None = None, status: int = 0) -> None:
         super().__init__(message)
         self.kind = kind
         self.retry_after = retry_after
+        self.status = status

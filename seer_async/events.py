@@ -87,6 +87,13 @@ class EngineReport(msgspec.Struct, frozen=True, kw_only=True):
     stats: EngineStats
 
 
+class EngineHeld(msgspec.Struct, frozen=True, kw_only=True):
+    """Somebody has paused the engine itself (`held`), or it goes on: until then what it works on goes elsewhere."""
+
+    engine: str
+    held: bool
+
+
 class EngineAdded(msgspec.Struct, frozen=True, kw_only=True):
     """The fleet has an engine more; it is down until it is up."""
 
@@ -135,6 +142,7 @@ Event = (
     | EngineUp
     | EngineDown
     | EngineReport
+    | EngineHeld
     | EngineAdded
     | EngineRemoved
     | VersionSet

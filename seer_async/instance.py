@@ -52,7 +52,13 @@ class Instance:
         self.ejections = 0  # in a row
         self.closed_until = 0.0  # on the run's clock; no dispatch before
         self.half_open = False  # one call at a time until one succeeds
+        self.held = False  # paused by others: not failing, but it would not answer
         self.last_error: str | None = None
+        self.longest = 0  # tokens of a sequence that would fit if it were empty
+        self.block_size = 1
+        self.capacity = 0  # KV blocks that calls of ours may reserve together
+        self.room = 1  # the same in tokens, at least 1
+        self._seats = config.max_in_flight
         self._foreign = 0  # blocks used by others
         self._peak_reserved = 0
         self._trust = 1.0
@@ -67,9 +73,13 @@ class Instance:
         self.version = info.weight_version
         self.failures = self.ejections = 0
         self.closed_until = 0.0
-        self.half_open = False
+        self.half_open = self.held = False
         self._foreign = self._peak_reserved = 0
         self._trust = 1.0
+        self._seats = min(info.max_num_seqs or self.config.max_in_flight, self.config.max_in_flight)
+        self.block_size = info.block_size
+        self.longest = min(info.max_model_len, self._usable * info.block_size)
+        self._weigh()
 
     def observe(self, stats: EngineStats) -> None:
         """Take in one reading of the engine's telemetry."""
@@ -78,15 +88,15 @@ class Instance:
         self.stats = stats
         self._foreign = max(0, round(stats.kv_used * self._usable) - self._peak_reserved)
         self._peak_reserved = self.reserved
+        self._weigh()
 
     @property
     def _usable(self) -> int:
         return max(0, self.info.num_blocks - _SPARE_BLOCKS) if self.info else 0
 
-    @property
-    def capacity(self) -> int:
-        """KV blocks that calls of ours may reserve together."""
-        return int(self._usable * self.config.kv_fraction * self._trust) - self._foreign
+    def _weigh(self) -> None:
+        self.capacity = int(self._usable * self.config.kv_fraction * self._trust) - self._foreign
+        self.room = max(1, self.capacity) * self.block_size
 
     @property
     def free(self) -> int:
@@ -96,10 +106,7 @@ class Instance:
     @property
     def slots(self) -> int:
         """The most calls in flight."""
-        if self.half_open:
-            return 1
-        seqs = self.info.max_num_seqs if self.info and self.info.max_num_seqs else self.config.max_in_flight
-        return min(seqs, self.config.max_in_flight)
+        return 1 if self.half_open else self._seats
 
     @property
     def position_seeds(self) -> bool:
@@ -118,12 +125,11 @@ class Instance:
 
     def blocks(self, tokens: int) -> int:
         """KV blocks that a sequence of `tokens` occupies."""
-        assert self.info is not None
-        return -(-tokens // self.info.block_size)
+        return -(-tokens // self.block_size)
 
     def usable(self, now: float) -> bool:
         """Whether calls may be sent at all."""
-        return self.up and now >= self.closed_until
+        return self.up and not self.held and now >= self.closed_until
 
     def need(self, request: Request, tokens: int) -> int:
         """KV blocks that a chunk which ends with a sequence of at most `tokens` adds to those reserved."""
@@ -136,14 +142,17 @@ class Instance:
         An engine without calls of ours takes any one that fits it at all, whatever its telemetry says: with nothing in
         flight there is nothing to wait for.
         """
-        if not self.in_flight:
+        calls = len(self.in_flight)
+        if not calls:
             return self.could_hold(tokens)
-        return len(self.in_flight) < self.slots and self.need(request, tokens) <= self.free
+        least = tokens - request.group.prompt_len  # if it shares all of the prompt
+        if calls >= self._seats or (self.capacity - self.reserved) * self.block_size < least:
+            return False  # said early, because most engines are full
+        return not self.half_open and self.need(request, tokens) <= self.free
 
     def could_hold(self, tokens: int) -> bool:
         """Whether such a chunk would fit an otherwise empty engine."""
-        assert self.info is not None
-        return self.blocks(tokens) <= self._usable and tokens <= self.info.max_model_len
+        return tokens <= self.longest
 
     def dispatch(self, call: int, request: Request, tokens: int) -> None:
         """Reserve room for a call."""
@@ -167,8 +176,8 @@ class Instance:
 
     def _shared_blocks(self, request: Request) -> int:
         """Full blocks of the prompt; the last token never counts, because vLLM always computes one."""
-        assert self.info is not None
-        return (request.group.prompt_len - 1) // self.info.block_size if self.info.shares_prefixes else 0
+        shares = self.info is not None and self.info.shares_prefixes
+        return (request.group.prompt_len - 1) // self.block_size if shares else 0
 
     def succeeded(self) -> None:
         """A call was answered well."""

@@ -11,18 +11,28 @@ from __future__ import annotations
 
 import os
 import zlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
 from seer_async.appendfile import AppendFile
 from seer_async.errors import StorageError
 from seer_async.events import Record
+from seer_async.types import Chunk
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 _CRC_DIGITS = 8
+_T = TypeVar("_T")
+
+
+class Step(msgspec.Struct, frozen=True):
+    """A record without its tokens, for readers that only ask what happened when."""
+
+    request: str
+    chunk: Chunk | None = None
+    finish_reason: str | None = None
 
 
 class Journal:
@@ -52,19 +62,32 @@ def read_journal(path: Path, *, repair: bool) -> list[Record]:
     Raises:
         StorageError: The file cannot be read, or is damaged before its end.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror}") from error
-    records, good = _scan(data, path)
+    data = _read(path)
+    records, good = _scan(data, path, msgspec.json.Decoder(Record))
     if repair and good < len(data):
         os.truncate(path, good)
     return records
 
 
-def _scan(data: bytes, path: Path) -> tuple[list[Record], int]:
-    decoder = msgspec.json.Decoder(Record)
-    records: list[Record] = []
+def read_steps(path: Path) -> list[Step]:
+    """What `read_journal` reads, without tokens and without repair.
+
+    Raises:
+        StorageError: The file cannot be read, or is damaged before its end.
+    """
+    steps, _ = _scan(_read(path), path, msgspec.json.Decoder(Step))
+    return steps
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _scan(data: bytes, path: Path, decoder: msgspec.json.Decoder[_T]) -> tuple[list[_T], int]:
+    records: list[_T] = []
     start = 0
     while start < len(data):
         end = data.find(b"\n", start)
@@ -81,7 +104,7 @@ def _scan(data: bytes, path: Path) -> tuple[list[Record], int]:
     return records, start
 
 
-def _parse(line: bytes, decoder: msgspec.json.Decoder[Record]) -> Record | None:
+def _parse(line: bytes, decoder: msgspec.json.Decoder[_T]) -> _T | None:
     body = line[_CRC_DIGITS + 1 :]
     if line[: _CRC_DIGITS + 1] != b"%08x " % zlib.crc32(body):
         return None

@@ -28,11 +28,19 @@ def most_room(
     best_load = 0.0
     home: Instance | None = None
     home_load = 0.0
+    least = tokens - request.group.prompt_len  # if it shares all of the prompt
+    last = request.last_engine
     for instance in instances:
+        if (
+            best is not None
+            and instance.name != last
+            and instance.reserved * instance.block_size + least >= best_load * instance.room
+        ):
+            continue  # fuller than the best already; said early, because fleets are large
         if not instance.has_room(request, tokens):
             continue
         load = (instance.reserved + instance.need(request, tokens)) / max(1, instance.capacity)
-        if instance.name == request.last_engine:
+        if instance.name == last:
             home, home_load = instance, load
         if best is None or load < best_load:
             best, best_load = instance, load

@@ -114,6 +114,23 @@ class Fleet:
         del self.clients[name]
         self.attached.pop(name, None)
 
+    async def look_at(self, url: str) -> EngineInfo:
+        """What a server is that is not part of the fleet; sees it generate one token.
+
+        Raises:
+            EngineError: It is no vLLM server that works.
+        """
+        engine = self._config.engine
+        return await self._connect(url).attach(timeout_s=engine.probe_timeout_s, trial_timeout_s=TRIAL_TIMEOUT_S)
+
+    async def flush_pools(self, run: str) -> None:
+        """Nobody continues what the KV pools hold of a run: leave their room to others."""
+        pools = {client.info.kv_pool: client for client in self.clients.values() if client.info}
+        for name, client in pools.items():
+            if name is not None and self._config.engine.kv_pool:
+                with suppress(EngineError):  # what stays is evicted when room is needed
+                    await client.flush_pool(run, timeout_s=_FLUSH_S)
+
     @property
     def info(self) -> EngineInfo:
         """What the engines have in common: the first one's, with the shortest context of all."""
@@ -232,7 +249,7 @@ class Rollout:
             folder,
             clock=self._clock,
             tracer=self._trace,
-            accepts=fleet.objection,
+            accepts=lambda _, info: fleet.objection(info),
             watch=watch,
         )
 
@@ -271,17 +288,9 @@ class Rollout:
             snapshot = take_snapshot(self.core, self._clock.now())
             self._close(reason, snapshot, time.monotonic() - started)
         if reason == "done":
-            await self._flush_pools()
+            await self._fleet.flush_pools(self.core.run)
         assert self._folder.info.summary is not None
         return Result(reason=reason, snapshot=snapshot, summary=self._folder.info.summary, path=str(self._folder.path))
-
-    async def _flush_pools(self) -> None:
-        """Nobody continues a response of this run any more: leave the pools' room to others."""
-        pools = {client.info.kv_pool: client for client in self._fleet.clients.values() if client.info}
-        for name, client in pools.items():
-            if name is not None and self._config.engine.kv_pool:
-                with suppress(EngineError):  # what stays is evicted when room is needed
-                    await client.flush_pool(self.core.run, timeout_s=_FLUSH_S)
 
     def _group(self, prompt: Prompt) -> GroupAdded:
         n = self._config.rollout.n

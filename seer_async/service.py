@@ -19,7 +19,7 @@ import msgspec
 
 from seer_async.core import Core
 from seer_async.errors import BusyError, RefusedError, SeerError
-from seer_async.events import AbortRequested, GroupAdded, Paused, RequestsCancelled, Resumed, VersionSet
+from seer_async.events import AbortRequested, EngineHeld, GroupAdded, Paused, RequestsCancelled, Resumed, VersionSet
 from seer_async.options import GroupOptions
 from seer_async.rollout import open_fleet
 from seer_async.sampling import mix_seed
@@ -28,7 +28,7 @@ from seer_async.snapshot import Snapshot, take_snapshot
 from seer_async.types import Prompt, Sample, Timings, TopLogprob
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
     from seer_async.config import Config
     from seer_async.engine import EngineClient
@@ -114,6 +114,8 @@ class Ticket:
 class Service:
     """The engines at `urls`, ready for work inside the `async with` block.
 
+    `gate` says why an engine, by its name, must not sample now although it could, or None; it may be replaced.
+
     Raises:
         FleetError: On entering, if no engine can be used.
     """
@@ -122,6 +124,7 @@ class Service:
         self.config = config
         self.run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
         self.paused: str | None = None  # the mode
+        self.gate: Callable[[str, EngineInfo], str | None] = lambda *_: None
         self._urls = urls
         self._clock = Clock()
         self._seed = config.sampling.seed if config.sampling.seed is not None else secrets.randbits(62)
@@ -138,15 +141,20 @@ class Service:
         try:
             self.fleet: Fleet = await self._stack.enter_async_context(open_fleet(self.config, self._urls))
             await self.fleet.attach()
-            tokenizer = await self.fleet.tokenizer()
+            self.tokenizer = await self.fleet.tokenizer()
         except BaseException:
             await self._stack.aclose()
             raise
         self.core = Core(
-            self.config, list(self.fleet.clients), run=self.run_id, seed=self._seed, tokenizer=tokenizer, lasting=True
+            self.config,
+            list(self.fleet.clients),
+            run=self.run_id,
+            seed=self._seed,
+            tokenizer=self.tokenizer,
+            lasting=True,
         )
         self._info = self.fleet.info
-        self._shell = Shell(self.core, self.fleet.clients, self._desk, clock=self._clock, accepts=self.fleet.objection)
+        self._shell = Shell(self.core, self.fleet.clients, self._desk, clock=self._clock, accepts=self.objection)
         self._loop_task = asyncio.create_task(self._shell.run(self.fleet.attached), name="service")
         self._loop_task.add_done_callback(lambda _: self._desk.end())
         await asyncio.sleep(0)
@@ -272,11 +280,21 @@ class Service:
         """
         self.paused = mode
         if mode == "wait":
-            await self._desk.idle.wait()
-        else:
-            self._shell.post(Paused())
+            self._shell.post(Resumed())
+            await self._desk.ended(self._open())
+            return
+        self._shell.post(Paused())
         if mode == "abort":
-            self._shell.post(RequestsCancelled(requests=tuple(r.id for r in self.core.buffer.unfinished())))
+            self.abort(self._open())
+
+    def abort(self, requests: Iterable[str] | None = None) -> int:
+        """End these requests, or all that are not held by a pause, as they are; returns how many."""
+        wanted = self._open() if requests is None else self._open().intersection(requests)
+        self._shell.post(RequestsCancelled(requests=tuple(wanted)))
+        return len(wanted)
+
+    def _open(self) -> set[str]:
+        return {request.id for request in self.core.buffer.unfinished()}
 
     def resume(self) -> None:
         """Go on, with what has come in meanwhile."""
@@ -288,6 +306,7 @@ class Service:
     def set_version(self, version: str) -> None:
         """Sample from these weights only; what was begun with others begins again."""
         self._shell.post(VersionSet(version=version))
+        self._shell.hurry()  # the core learns from telemetry which engines have it
 
     def add_engine(self, url: str) -> str:
         """Make a server part of the fleet; returns its name."""
@@ -300,6 +319,20 @@ class Service:
         """Take a server out of the fleet; what it works on goes on elsewhere."""
         self._shell.remove_engine(name)
         self.fleet.remove(name)
+
+    def objection(self, name: str, info: EngineInfo) -> str | None:
+        """Why an engine must not sample, or None."""
+        return self.fleet.objection(info) or self.gate(name, info)
+
+    def check_engines(self) -> None:
+        """Ask the gate about all engines, because its answers may have changed."""
+        for name in self.fleet.clients:
+            self._shell.check_engine(name)
+
+    def hold_engine(self, name: str, *, held: bool) -> None:
+        """Somebody else has paused an engine, or lets it go on."""
+        if self.core.instances[name].held != held:
+            self._shell.post(EngineHeld(engine=name, held=held))
 
     def client(self, name: str) -> EngineClient:
         """The client of an engine."""
@@ -321,13 +354,12 @@ class _Desk:
     life = 0
 
     def __init__(self) -> None:
-        self.lengths: deque[int] = deque(maxlen=_LENGTHS_KEPT)
         self._tickets: dict[str, tuple[Ticket, int]] = {}
-        self.idle = asyncio.Event()  # nobody waits for anything
-        self.idle.set()
+        self._awaited: set[str] = set()  # requests whose end `ended` waits for
+        self._ended = asyncio.Event()
+        self.lengths: deque[int] = deque(maxlen=_LENGTHS_KEPT)
 
     def open(self, ticket: Ticket) -> None:
-        self.idle.clear()
         for index, request in enumerate(ticket.requests):
             self._tickets[request] = ticket, index
 
@@ -340,11 +372,18 @@ class _Desk:
         for request in list(self._tickets):
             self.emit(_lost(request))
 
+    async def ended(self, requests: set[str]) -> None:
+        """Return when nobody waits for any of these requests any more."""
+        self._awaited = requests & self._tickets.keys()
+        while self._awaited:
+            self._ended.clear()
+            await self._ended.wait()
+
     def _close(self, request: str) -> tuple[Ticket, int] | None:
-        place = self._tickets.pop(request, None)
-        if not self._tickets:
-            self.idle.set()
-        return place
+        self._awaited.discard(request)
+        if not self._awaited:
+            self._ended.set()
+        return self._tickets.pop(request, None)
 
     def record(self, record: Record) -> None:
         if place := self._tickets.get(record.request):

@@ -101,8 +101,8 @@ class Clock:
 class Shell:
     """Runs one rollout to its end, or a service for as long as it is wanted.
 
-    `clients` are the engines by name. `accepts` says why an engine cannot be used for this run, or None. `watch` is
-    called with every snapshot.
+    `clients` are the engines by name. `accepts` says why an engine, by its name, cannot be used now, or None.
+    `watch` is called with every snapshot.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Shell:
         *,
         clock: Clock,
         tracer: Tracer | None = None,
-        accepts: Callable[[EngineInfo], str | None] = lambda _: None,
+        accepts: Callable[[str, EngineInfo], str | None] = lambda *_: None,
         watch: Callable[[Snapshot], None] = lambda _: None,
         watch_s: float = 0.25,
     ) -> None:
@@ -167,6 +167,22 @@ class Shell:
         self._monitors.pop(name).cancel()
         self.post(EngineRemoved(engine=name))
         del self._clients[name], self._suspects[name]
+
+    def check_engine(self, name: str) -> None:
+        """Ask again whether an engine is accepted; one that is not gets nothing more until it is."""
+        assert self._tasks is not None, "run() comes first"
+        info = self._clients[name].info
+        if not self._core.instances[name].up or info is None:
+            return  # it is asked when it is attached
+        if reason := self._accepts(name, info):
+            self._monitors[name].cancel()
+            self.post(EngineDown(engine=name, reason=reason))
+            self._begin_monitor(self._tasks, name)
+
+    def hurry(self) -> None:
+        """Read the telemetry of all engines now."""
+        for suspect in self._suspects.values():
+            suspect.set()
 
     def _begin_monitor(self, tasks: asyncio.TaskGroup, name: str) -> None:
         self._monitors[name] = tasks.create_task(self._monitor(name), name=f"monitor {name}")
@@ -281,7 +297,7 @@ class Shell:
                 info = await self._clients[name].attach(
                     timeout_s=engine.probe_timeout_s, trial_timeout_s=TRIAL_TIMEOUT_S
                 )
-                if self._accepts(info) is None:
+                if self._accepts(name, info) is None:
                     self.post(EngineUp(engine=name, info=info))
                     return
             await asyncio.sleep(_RETRY_ATTACH_S)

@@ -20,14 +20,19 @@ if TYPE_CHECKING:
 
 POOL_BYTES = 1 << 30
 START_AND_TEST_S = 600  # two engines and the tests share what may be two busy cores
-WITH_ENGINES = tuple(f"tests/vllm/test_{of}.py" for of in ("drafting", "exactness", "kvpool", "mooncake", "rollout"))
+OF_THE_FLEET = tuple(f"tests/vllm/test_{of}.py" for of in ("drafting", "exactness", "kvpool", "rollout", "serve"))
+LONG = (
+    "tests/vllm/test_mooncake.py",
+    "tests/live/",
+    "tests/test_fleet",
+)  # begun first, so that none is alone at the end
 
 
 class _TwoLanes(LoadScopeScheduling):
-    """All tests with engines go to one process, so that the shared fleet starts once; the others go to the rest."""
+    """All tests of the shared fleet go to one process, so that it starts once; the others go one by one to the rest."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return "fleet" if nodeid.startswith(WITH_ENGINES) else nodeid
+        return "fleet" if nodeid.startswith(OF_THE_FLEET) else nodeid
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -39,6 +44,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("vllm"):
             item.add_marker(pytest.mark.timeout(START_AND_TEST_S))
+    items.sort(key=lambda item: next((n for n, path in enumerate(LONG) if item.nodeid.startswith(path)), len(LONG)))
 
 
 @pytest.fixture(scope="session")

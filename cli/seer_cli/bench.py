@@ -34,6 +34,7 @@ from seer_cli.kvbench import Figures, measure_pool
 from seer_cli.load import measure_core
 from seer_cli.output import print_json
 from seer_cli.rollout import engine_urls
+from seer_cli.servebench import measure_serve
 
 if TYPE_CHECKING:
     from seer_async.rollout import Fleet
@@ -304,8 +305,26 @@ def core(
 ) -> None:
     """Measure the orchestrator: CPU per chunk, event-loop lag, and the cost of a decision, over mock engines."""
     figures = uvloop.run(measure_core(in_flight=in_flight, pending=pending, engines=engines, seconds=seconds))
-    if json:
+    _show(figures, as_json=json)
+
+
+@bench.command("serve")
+def serve(
+    *,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts of one request.")] = 512,
+    n: Annotated[int, typer.Option("-n", min=1, help="Responses to each.")] = 16,
+    chunk_size: Annotated[int, typer.Option(min=1, help="Tokens of a chunk.")] = 64,
+    engines: Annotated[int, typer.Option(min=1, help="Mock engine processes.")] = 2,
+    turns: Annotated[int, typer.Option(min=1, help="Single requests, to an engine and to the service in turn.")] = 200,
+    json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON on stdout.")] = False,
+) -> None:
+    """Measure `seer serve`: CPU per chunk of a rollout through HTTP, and what it adds to one request."""
+    _show(uvloop.run(measure_serve(prompts=prompts, n=n, chunk=chunk_size, engines=engines, turns=turns)), as_json=json)
+
+
+def _show(figures: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
         print_json(figures)
         return
     for name, value in figures.items():
-        typer.echo(f"{name:32} {value}")
+        typer.echo(f"{name:40} {value}")

@@ -41,7 +41,7 @@ _CHUNKS_PER_S = 400  # about what two cores carry with the mock engines on them 
 async def measure_core(*, in_flight: int, pending: int, engines: int, seconds: float) -> dict[str, Any]:
     """Figures by name; see the module docstring."""
     chunk_s = in_flight / _CHUNKS_PER_S
-    async with _mock_engines(engines, in_flight, step_ms=chunk_s / _CHUNK * 1000) as urls:
+    async with mock_engine_processes(engines, in_flight, step_ms=chunk_s / _CHUNK * 1000) as urls:
         return await _measure(urls, in_flight, pending, seconds)
 
 
@@ -154,7 +154,7 @@ def _cpu_s() -> float:
 
 
 @contextlib.asynccontextmanager
-async def _mock_engines(count: int, in_flight: int, *, step_ms: float) -> AsyncIterator[list[str]]:
+async def mock_engine_processes(count: int, in_flight: int, *, step_ms: float) -> AsyncIterator[list[str]]:
     """Mock engine processes with room for `in_flight` chunks together."""
     seqs = -(-in_flight // count)
     options = ["--max-num-seqs", str(seqs), "--num-blocks", str(seqs * 300), "--step-ms", f"{step_ms:.3f}"]

@@ -12,7 +12,10 @@ from seer_cli.bench import bench
 from seer_cli.draftserver import draft_server
 from seer_cli.fleet import fleet
 from seer_cli.mock import mock_engine
+from seer_cli.report import report
 from seer_cli.rollout import rollout
+from seer_cli.serve import serve
+from seer_cli.simulate import simulate
 
 app = typer.Typer(
     name="seer",
@@ -23,6 +26,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("rollout")(rollout)
+app.command("serve")(serve)
+app.command("report")(report)
+app.command("simulate")(simulate)
 app.command("mock-engine")(mock_engine)
 app.command("draft-server")(draft_server)
 app.add_typer(fleet, name="fleet")

@@ -41,6 +41,7 @@ def mock_engine(  # noqa: PLR0917 - Typer makes each parameter an option
     max_model_len: Annotated[
         int, typer.Option(help="Longest prompt plus response, in tokens.")
     ] = MockConfig().max_model_len,
+    world_size: Annotated[int, typer.Option(help="Workers that the engine says it has.")] = MockConfig().world_size,
     num_blocks: Annotated[
         int, typer.Option(help="KV memory in blocks. Few blocks make requests wait and be preempted.")
     ] = KV().num_blocks,
@@ -76,6 +77,7 @@ def mock_engine(  # noqa: PLR0917 - Typer makes each parameter an option
     config = MockConfig(
         name=model,
         max_model_len=max_model_len,
+        world_size=world_size,
         model=LanguageModel(
             seed=seed,
             mean_length=mean_length,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 MATCHES = (2, 3, 4, 6, 8, 12, 16, 24)  # lower ends of the buckets of match length, in tokens, after the first
-SHARES = (0.3, 0.5, 0.7, 0.9, 0.999)  # and of vote share; the last is unanimity
+SHARES = (0.3, 0.5, 0.68, 0.82, 0.92)  # and of vote share
 MEMORY = 400  # observations in a bucket after which an old one weighs a third (1/e)
 GUESS_WEIGHT = 6.0  # observations that the first guess is worth
 GUESS_FACTOR = 0.6  # of its share, a token nobody has judged yet is worth this much

@@ -7,7 +7,8 @@ request's path. It is the paper's marginal-benefit-aware budget, taken a token a
 whole class at a time: its two classes are weights on what a token is worth.
 
 Invariants: no drafts where the model does not expect to gain at least `MARGIN`; a batch that has not gained for
-`OFF_AFTER` steps is only tried now and then; a batch that gains is now and then run without, so that both are known.
+`OFF_AFTER` steps is only tried now and then; a batch that gains is now and then run without, so that both are known;
+and at a batch size (by powers of two) where steps with drafting were not faster in fact, there is none (see `duel`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from seer_async.drafting.duel import Duel
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,18 +38,34 @@ class Budget:
     def __init__(self, times: StepTime) -> None:
         self.times = times
         self.switch_offs = 0
+        self._duels: dict[int, Duel] = {}
+        self._drafting = True  # allowed in the step that runs now
         self._step = 0
         self._idle = 0  # steps in a row without a gain
 
     @property
     def off(self) -> bool:
         """Whether speculation has switched itself off."""
+        return self._tired or not self._drafting
+
+    @property
+    def _tired(self) -> bool:
         return self._idle >= OFF_AFTER
 
-    def wants_drafts(self) -> bool:
-        """Whether this step's drafts are worth looking for; call it once a step."""
+    def learn(self, requests: int, drafts: int, generated: int, milliseconds: float) -> None:
+        """Take in a step in which every one of `requests` decoded: drafts verified, tokens generated, and its time."""
+        self.times.learn(requests, drafts, milliseconds)
+        self._duel(requests).step(drafted=self._drafting, wait=milliseconds, tokens=generated / requests)
+
+    def wants_drafts(self, requests: int) -> bool:
+        """Whether drafts for the next step, of `requests`, are worth looking for; call it once a step."""
         self._step += 1
-        return self._step % (TRY_EVERY if self.off else 1) == 0
+        before, self._drafting = self._drafting, not requests or self._duel(requests).drafting
+        self.switch_offs += before and not self._drafting
+        return self._drafting and self._step % (TRY_EVERY if self._tired else 1) == 0
+
+    def _duel(self, requests: int) -> Duel:
+        return self._duels.setdefault(requests.bit_length(), Duel())
 
     def allot(self, survival: Sequence[Sequence[float]], weights: Sequence[float]) -> list[int]:
         """Drafted tokens for each request of the batch.
@@ -54,7 +73,7 @@ class Budget:
         `survival[i][j]` is the chance that request i's tokens up to j are all accepted; `weights[i]` what one of its
         tokens is worth. Requests that do not decode are no part of the batch.
         """
-        trying = self.off
+        trying = self._tired
         counts = self._best(survival, weights, MARGIN)
         if any(counts):
             self._idle = 0

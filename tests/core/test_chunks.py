@@ -3,6 +3,7 @@
 import pytest
 
 from seer_async.events import Restored
+from seer_async.options import GroupOptions
 from seer_async.sampling import chunk_seed
 
 from .hand import PROMPT, Hand
@@ -22,6 +23,18 @@ def test_calls_ask_for_a_chunk_or_what_is_left() -> None:
     assert (sample.finish_reason, sample.stop_reason) == ("length", "")
     assert sample.token_ids == list(range(1000, 1025))
     assert [(chunk.n, chunk.tokens, chunk.attempt) for chunk in sample.chunks] == [(0, 10, 1), (1, 10, 1), (2, 5, 1)]
+
+
+def test_an_indivisible_response_is_one_call() -> None:
+    """What is cut short is thrown away: the state behind its options is lost with it."""
+    options = GroupOptions(chunk_size=10, indivisible=True)
+    hand = Hand(**TENS).up().groups("g", limit=25, options=options)
+    assert hand.sent[0].max_tokens == 25
+    hand.answer("g/0", 4, "abort")
+    (call,) = hand.sent
+    assert (call.prefix, call.max_tokens) == (PROMPT, 25)
+    hand.answer("g/0")
+    assert len(hand.samples["g/0"].chunks) == 1
 
 
 def test_a_call_continues_prompt_and_tokens() -> None:

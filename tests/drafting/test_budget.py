@@ -95,7 +95,7 @@ class TestBudget:
         times = taught(machine, [batch])
         for _ in range(20):
             budget = Budget(times)
-            budget.wants_drafts()
+            budget.wants_drafts(4)
             survival = self.drawn(rng, batch)
             best = self.expected_rate(survival, budget.allot(survival, [1.0] * batch), batch)
             for _ in range(60):
@@ -106,13 +106,13 @@ class TestBudget:
         path = [0.5, 0.25, 0.12]
         lone = Budget(taught(machine, [1]))
         full = Budget(taught(machine, [64], drafts=range(0, 200, 20)))
-        lone.wants_drafts(), full.wants_drafts()
+        lone.wants_drafts(1), full.wants_drafts(64)
         assert lone.allot([path], [1.0]) == [3]
         assert sum(full.allot([path] * 64, [1.0] * 64)) == 0
 
     def test_the_urgent_go_first(self):
         budget = Budget(taught(machine, [16], drafts=range(0, 60, 6)))
-        budget.wants_drafts()
+        budget.wants_drafts(4)
         counts = budget.allot([[0.5, 0.3]] * 16, [2.0] * 4 + [1.0] * 12)
         assert min(counts[:4]) > max(counts[4:])
 
@@ -120,24 +120,45 @@ class TestBudget:
         budget = Budget(taught(lambda batch, n: 10 + 100 * n, [4]))
         drafted = []
         for _ in range(OFF_AFTER):
-            assert budget.wants_drafts()
+            assert budget.wants_drafts(4)
             drafted.append(sum(budget.allot([[0.3]] * 4, [1.0] * 4)))
         assert sum(drafted) == 0
         assert budget.off
         assert budget.switch_offs == 1
-        tries = [budget.wants_drafts() for _ in range(4 * TRY_EVERY)]
+        tries = [budget.wants_drafts(4) for _ in range(4 * TRY_EVERY)]
         assert sum(tries) == 4
-        while not budget.wants_drafts():
+        while not budget.wants_drafts(4):
             pass
         assert sum(budget.allot([[0.3]] * 4, [1.0] * 4)) == 1, "a try costs as little as it can"
 
     def test_it_comes_back_when_it_pays(self):
         budget = Budget(taught(machine, [1]))
         for _ in range(OFF_AFTER):
-            budget.wants_drafts()
+            budget.wants_drafts(4)
             budget.allot([[]], [1.0])
         assert budget.off
-        while not budget.wants_drafts():
+        while not budget.wants_drafts(4):
             pass
         assert budget.allot([[0.9, 0.8]], [1.0]) == [2]
         assert not budget.off
+
+    def test_the_clock_has_the_last_word(self):
+        """Whatever the model believes: where steps with drafts are no faster, there are none, but for trials."""
+        for pays in (True, False):
+            budget, allowed = Budget(StepTime(Profile(30, 0.1))), 0
+            for _ in range(4000):
+                if drafting := budget.wants_drafts(16):
+                    budget.allot([[0.8, 0.6]] * 16, [1.0] * 16)
+                allowed += drafting
+                budget.learn(16, 20 * drafting, 30 if drafting else 16, (50 if pays else 90) if drafting else 40)
+            assert (allowed > 3500) if pays else (allowed < 700)
+            assert budget.off != pays
+
+    def test_each_batch_size_has_its_own_duel(self):
+        budget = Budget(StepTime(Profile(30, 0.1)))
+        for _ in range(1000):
+            for batch, slow in ((1, 35), (16, 90)):
+                drafting = budget.wants_drafts(batch)
+                budget.learn(batch, batch * drafting, batch * (1 + drafting), slow if drafting else 30)
+        assert budget.wants_drafts(1)
+        assert not budget.wants_drafts(16)

@@ -25,6 +25,7 @@ from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.model_states import default as model_states
 
+from seer_async.drafting import duel
 from seer_servers.plugin import gpu_drafting, gpu_siblings, gpu_switch, gpu_verification
 from seer_servers.plugin import gpu_kernels as kernels
 from seer_servers.plugin.gpu_siblings import Name, Siblings
@@ -544,7 +545,7 @@ def test_prefill_and_idle_time_are_left_out():
     for now in range(500):
         switch.ended(["a"], drafted=0, scheduled=300, sampled=1, now=float(now))
         switch.ended([f"r{now}"], drafted=8, scheduled=9, sampled=1, now=now + 0.5)
-    assert switch.duel(1)._left == gpu_switch.TRIAL
+    assert switch.duel(1)._left == duel.TRIAL
 
 
 # Where it meets vLLM

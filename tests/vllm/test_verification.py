@@ -21,6 +21,7 @@ from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from seer_servers.plugin import seeds, verification
+from tests.chisquare import p_value
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -190,30 +191,20 @@ class TestDistribution:
         followed = tokens[tokens[:, 0] == self.DRAFT[0], 1]
         return first, torch.bincount(followed[followed >= 0], minlength=VOCAB)
 
-    def p_value(self, counts: torch.Tensor, logits: torch.Tensor, temperature: float) -> float:
-        expected = (logits / temperature).softmax(-1) * counts.sum()
-        common = expected >= 5
-        observed = torch.cat((counts[common].double(), counts[~common].sum()[None].double()))
-        wanted = torch.cat((expected[common].double(), expected[~common].sum()[None].double()))
-        keep = wanted > 0
-        statistic = float(((observed - wanted)[keep] ** 2 / wanted[keep]).sum())
-        freedom = int(keep.sum()) - 1
-        return float(torch.special.gammaincc(torch.tensor(freedom / 2.0), torch.tensor(statistic / 2)))
-
     @pytest.mark.parametrize("temperature", [1.0, 0.6])
     def test_it_is_the_policys(self, patched: None, temperature: float) -> None:
         torch.manual_seed(1)
         first, second = self.counts(temperature=temperature)
-        assert self.p_value(first, model([1, 2]), temperature) > 1e-4
+        assert p_value(first, (model([1, 2]) / temperature).softmax(-1)) > 1e-4
         assert second.sum() > 200
-        assert self.p_value(second, self.after_draft(), temperature) > 1e-4
+        assert p_value(second, (self.after_draft() / temperature).softmax(-1)) > 1e-4
 
     def test_the_cpu_stand_in_is_caught(self, patched: None, monkeypatch: pytest.MonkeyPatch) -> None:
         """With vLLM's own stand-in drafted rows are divided by whatever lay in memory."""
         monkeypatch.setattr(rejection_sampler, "expand_batch_to_tokens", stand_in)
         torch.manual_seed(1)
         first, _ = self.counts(temperature=0.6)
-        assert self.p_value(first, model([1, 2]), 0.6) < 1e-9
+        assert p_value(first, (model([1, 2]) / 0.6).softmax(-1)) < 1e-9
 
 
 def stand_in(x: Any, cu_num_tokens: Any, num_tokens: int, replace_from: float = 0, replace_to: float = 0) -> Any:

@@ -17,11 +17,13 @@ import msgspec
 from aiohttp import web
 
 from seer_async.errors import ConfigError
+from seer_servers.mock.control import MockControl
 from seer_servers.mock.engine import MockEngine, PauseMode
 from seer_servers.mock.fault_reply import Scene
 from seer_servers.mock.faults import DELIVERIES, DESCRIPTIONS, EDITS, TAKEOVERS, Faults, apply_edit
 from seer_servers.mock.metrics import prometheus_text
 from seer_servers.mock.reply import completion_reply, generate_reply
+from seer_servers.mock.scaleout import scale_out_routes
 from seer_servers.mock.tokenizer import byte_tokenizer, render_chat
 from seer_servers.mock.wire import (
     AbortBody,
@@ -68,6 +70,7 @@ class MockServer:
     ) -> None:
         self.config = config
         self.engine = MockEngine(config)
+        self.control = MockControl(self.engine)
         self.faults = Faults(config.model.seed)
         self.faults.switch(faults or {})
         self._api_key = api_key
@@ -99,15 +102,17 @@ class MockServer:
                 web.post("/tokenize", self._tokenize),
                 web.post("/detokenize", self._detokenize),
                 web.get("/weight_info", self._weight_info),
-                web.post("/update_weight_version", self._update_weight_version),
-                web.post("/pause", self._pause),
-                web.post("/resume", self._resume),
+                web.post("/update_weight_version", self.control.noted(self._update_weight_version)),
+                web.post("/pause", self.control.noted(self._pause)),
+                web.post("/resume", self.control.noted(self._resume)),
                 web.get("/is_paused", self._is_paused),
-                web.post("/abort_requests", self._abort_requests),
+                web.post("/abort_requests", self.control.noted(self._abort_requests)),
                 web.get("/v1/seer/info", self._seer_info),
                 web.get("/v1/seer/tokenizer", self._seer_tokenizer),
+                *scale_out_routes(self.engine),
                 web.get("/mock/faults", self._get_faults),
                 web.post("/mock/faults", self._set_faults),
+                *self.control.routes(),
             ]
         )
         return app
@@ -192,7 +197,7 @@ class MockServer:
             "parent": None,
             "max_model_len": self.config.max_model_len,
         }
-        return _json({"object": "list", "data": [card]})
+        return _json({"object": "list", "data": [card, *self.control.cards()]})
 
     async def _tokenize(self, request: web.Request) -> web.Response:
         body = await _read(request, TokenizeBody)

@@ -144,10 +144,10 @@ class GroupedDrafter:
         del slot_mappings
         start = time.perf_counter()
         batch = self._decoding(sampled_token_ids, num_tokens_no_spec)
-        self._learn_time(start, batch)
+        self._learn_time(start, batch, sum(map(len, sampled_token_ids)))
         self._take_in(batch, sampled_token_ids, token_ids_cpu)
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
-        if self.enabled and (self.budget.wants_drafts() or not self.adaptive):
+        if self.enabled and (not self.adaptive or self.budget.wants_drafts(len(batch))):
             self._draft(batch, token_ids_cpu, drafts)
         self.stats.step(time.perf_counter() - start, off=self.budget.off, switch_offs=self.budget.switch_offs)
         if self.stats.steps % SWEEP_EVERY == 0:
@@ -167,15 +167,18 @@ class GroupedDrafter:
                 self.client.register_group(row.group, TTL_S)
         return row
 
-    def _learn_time(self, now: float, batch: list[Decoding]) -> None:
+    def _learn_time(self, now: float, batch: list[Decoding], generated: int) -> None:
         """Learn from the time since the last step, if it was this step's alone: every request decoded, none waited."""
         then, before = self._last
         counts: dict[str, int] = self._scheduled.num_scheduled_tokens
         drafted: dict[str, list[int]] = self._scheduled.scheduled_spec_decode_tokens
         self._last = now, frozenset(counts)
+        if not (self.enabled and self.adaptive):
+            return
         plain = all(count == 1 + len(drafted.get(request_id, ())) for request_id, count in counts.items())
         if plain and len(batch) == len(counts) and not before.isdisjoint(counts):
-            self.budget.times.learn(len(batch), sum(map(len, drafted.values())), (now - then) * 1e3)
+            verified = sum(map(len, drafted.values()))
+            self.budget.learn(len(batch), verified, generated, (now - then) * 1e3)
 
     def _take_in(self, batch: list[Decoding], sampled: list[list[int]], tokens: NDArray[np.int32]) -> None:
         drafted: dict[str, list[int]] = self._scheduled.scheduled_spec_decode_tokens

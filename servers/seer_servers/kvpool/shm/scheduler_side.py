@@ -6,7 +6,8 @@ rejected are never in it; a request's last token is left to compute, because its
 drafts, vLLM then pads the step with junk drafts: less than the block that would be computed to avoid it.)
 
 A chunk rarely ends where a block does. So the block that a request ends in is saved too when its limit is near, as a
-*tail*: a block of which only the first tokens count, named by exactly those. A continuation looks for the longest.
+*tail*: a block of which only the first tokens count, named by exactly those. A continuation looks for the longest; it
+may be of the block before the one it ends in, where the last step's drafts went over a border.
 """
 
 from __future__ import annotations
@@ -174,8 +175,9 @@ class SchedulerSide:
                 break
             found.blocks.append(block)
         found.tokens = len(found.blocks) * size
-        if found.first + len(found.blocks) == full:
-            self._find_tail(tracked, found, full, most)
+        depth = found.first + len(found.blocks)
+        if depth >= full - 1:
+            self._find_tail(tracked, found, depth, min(most, (depth + 1) * size))
         return found
 
     def _find_tail(self, tracked: Tracked, found: Found, depth: int, most: int) -> None:

@@ -1,0 +1,87 @@
+"""Drafting over time: what share of drafted tokens the model agreed with, and how many tokens a step brought.
+
+Engines count from their own start, so a run's share is what the counters gained during it.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from seer_async.report.thin import Point, thin_line
+
+if TYPE_CHECKING:
+    from seer_async.report.elapsed import Elapsed
+    from seer_async.report.run import DraftReading, Run
+
+_MOST_POINTS = 300
+_LEAST_DRAFTED = 20  # tokens between two points; a share of fewer is noise
+
+
+class Drafts(msgspec.Struct, frozen=True, kw_only=True):
+    """Drafting during a run: counts of drafts and tokens, and both rates over time as (seconds, value).
+
+    `acceptance` is the share of drafted tokens that was accepted, `lengths` the tokens that a verified draft brought,
+    the bonus token included.
+    """
+
+    verified: int
+    drafted: int
+    accepted: int
+    generated: int
+    acceptance: list[Point]
+    lengths: list[Point]
+
+    @property
+    def share(self) -> float:
+        """Share of the drafted tokens that were accepted."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+    @property
+    def length(self) -> float:
+        """Tokens that a verified draft brought on average, the bonus token included."""
+        return 1 + self.accepted / self.verified if self.verified else 1.0
+
+
+def drafts(run: Run, elapsed: Elapsed) -> Drafts | None:
+    """The drafting of a run; None where no engine drafts."""
+    seen = [(elapsed.at(reading.now), reading.drafts) for reading in run.readings if reading.drafts]
+    if not seen:
+        return None
+    total = _Sum()
+    recent = _Sum()
+    acceptance: list[Point] = []
+    lengths: list[Point] = []
+    for (_, before), (time, now) in pairwise(seen):
+        total.add(before, now)
+        recent.add(before, now)
+        if recent.drafted >= _LEAST_DRAFTED and recent.verified:
+            acceptance.append((time, recent.accepted / recent.drafted))
+            lengths.append((time, 1 + recent.accepted / recent.verified))
+            recent = _Sum()
+    return Drafts(
+        verified=total.verified,
+        drafted=total.drafted,
+        accepted=total.accepted,
+        generated=total.generated,
+        acceptance=thin_line(acceptance, _MOST_POINTS),
+        lengths=thin_line(lengths, _MOST_POINTS),
+    )
+
+
+class _Sum:
+    """What the counters gained over some readings."""
+
+    def __init__(self) -> None:
+        self.verified = self.drafted = self.accepted = self.generated = 0
+
+    def add(self, before: DraftReading, now: DraftReading) -> None:
+        """Add what came between two readings; counters that fell belong to engines that have started again."""
+        if now.generated < before.generated or now.drafted < before.drafted:
+            return
+        self.verified += now.verified - before.verified
+        self.drafted += now.drafted - before.drafted
+        self.accepted += now.accepted - before.accepted
+        self.generated += now.generated - before.generated

@@ -1,0 +1,135 @@
+"""From a request to tickets and back: what the routes that generate have in common.
+
+Invariant: however a handler ends (answered, refused, hung up on), no response of its request is open afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import uuid
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from seer_async.core import NO_ENGINE
+from seer_async.service import Work
+from seer_servers.service.errors import ApiError, bad_request
+from seer_servers.service.params import asked, refuse
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from aiohttp import web
+
+    from seer_async.service import Service, Ticket
+    from seer_async.types import Sample
+    from seer_servers.service.relay import Relay
+
+_GROUP, _GROUP_SIZE, _REQUEST_ID = "X-Seer-Group", "X-Seer-Group-Size", "X-Request-Id"
+_NAME_END = 256
+_REJECTED = re.compile(r"rejected: /\S+ answered \d+: (.*)", re.DOTALL)
+_RETRY_S = 5.0
+
+
+class Rendered(msgspec.Struct):
+    """A prompt as an engine renders it: token ids, and every sampling parameter resolved."""
+
+    token_ids: list[int]
+    sampling_params: dict[str, Any]
+    cache_salt: str | None = None
+    features: Any = None
+
+
+class Intake:
+    """Takes in requests for a service."""
+
+    def __init__(self, service: Service, relay: Relay) -> None:
+        self.service = service
+        self.relay = relay
+
+    def check_model(self, name: str | None) -> None:
+        """Refuse a model that is not served, as vLLM does."""
+        if name and name != self.service.info.model:
+            raise ApiError(404, f"The model `{name}` does not exist.", param="model")
+
+    def work(self, rendered: Rendered, request: web.Request, *, stream: bool) -> Work:
+        """One prompt's group."""
+        refuse({"features": rendered.features})
+        what = asked(
+            rendered.sampling_params,
+            self.service.config,
+            room=self.service.info.max_model_len - len(rendered.token_ids),
+            salt=rendered.cache_salt or "",
+            stream=stream,
+            capabilities=self._capabilities(),
+        )
+        return Work(
+            prompt_token_ids=rendered.token_ids,
+            n=what.n,
+            options=what.options,
+            seeds=what.seeds,
+            group=group_name(request),
+        )
+
+    def _capabilities(self) -> frozenset[str]:
+        """What every engine that is up can do."""
+        ups = [instance.info for instance in self.service.core.instances.values() if instance.up and instance.info]
+        return frozenset.intersection(*(info.capabilities for info in ups)) if ups else self.service.info.capabilities
+
+    @contextlib.contextmanager
+    def submitted(self, works: Sequence[Work]) -> Iterator[list[Ticket]]:
+        """Tickets for `works`, all or none; what is still open at the end of the block is given up."""
+        most = self.service.config.serve.max_requests
+        if sum(work.n for work in works) > most:
+            raise bad_request(f"a request may ask for at most {most} responses (serve.max_requests).", "n")
+        tickets: list[Ticket] = []
+        try:
+            for work in works:
+                tickets.append(self.service.submit(work))  # noqa: PERF401 - those before a refusal must be known
+            yield tickets
+        finally:
+            for ticket in tickets:
+                if not ticket.done:
+                    self.service.cancel(ticket)
+
+    async def samples(self, works: Sequence[Work]) -> list[list[Sample]]:
+        """The samples of each of `works`, in order.
+
+        Raises:
+            ApiError: One of them failed.
+        """
+        with self.submitted(works) as tickets:
+            return [[whole(sample) for sample in await ticket.all()] for ticket in tickets]
+
+
+def whole(sample: Sample) -> Sample:
+    """The sample, or the ApiError that it failed with."""
+    if not sample.error:
+        return sample
+    if match := _REJECTED.match(sample.error):
+        raise bad_request(match[1])
+    if sample.error.startswith("too long"):
+        raise bad_request(sample.error)
+    if sample.error.startswith((NO_ENGINE, "the service has ended")):
+        raise ApiError(503, sample.error, retry_after=_RETRY_S)
+    raise ApiError(500, sample.error)
+
+
+def group_name(request: web.Request) -> str:
+    """The group that the client says its request belongs to; empty if it does not."""
+    name = request.headers.get(_GROUP, "")
+    size = request.headers.get(_GROUP_SIZE, "1")
+    if len(name) > _NAME_END or not name.isascii():
+        raise bad_request(f"{_GROUP} must have at most {_NAME_END} characters, all of them ASCII.", _GROUP)
+    if not size.isascii() or not size.isdigit() or int(size[:9]) < 1:
+        raise bad_request(f"{_GROUP_SIZE} must be the number of responses in the group.", _GROUP_SIZE)
+    return name
+
+
+def request_id(request: web.Request, given: str | None) -> str:
+    """A header names the request before its body does, as in vLLM."""
+    name = request.headers.get(_REQUEST_ID, "")
+    if not name.isascii():
+        raise bad_request(f"{_REQUEST_ID} must be ASCII.", _REQUEST_ID)
+    return name or given or uuid.uuid4().hex

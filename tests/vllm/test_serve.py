@@ -1,0 +1,116 @@
+"""`seer serve` over real engines answers what an engine itself answers, field by field, however it cuts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import msgspec
+import pytest
+
+from seer_async.config import resolve
+from seer_servers.service.serve import serving
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from seer_servers.fleet import LocalFleet
+
+pytestmark = pytest.mark.vllm
+
+COMPLETIONS, CHAT, GENERATE = "/v1/completions", "/v1/chat/completions", "/inference/v1/generate"
+MESSAGES = [{"role": "user", "content": "Name three colours and one animal with an umlaut: \u00e4\u00f6\u00fc \u732b"}]
+IDS = {"return_token_ids": True}
+GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 40}
+NOT_COMPARED = {"id", "request_id", "created", "system_fingerprint", "metrics", "rank"}
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    (COMPLETIONS, {"prompt": ["The sea is", "One, two,"], "logprobs": 2} | IDS | GREEDY),
+    (COMPLETIONS, {"prompt": "The sea is", "stop": [" the", "\n\n"]} | IDS | GREEDY),
+    (COMPLETIONS, {"prompt": "The sea is", "stop": " blue", "include_stop_str_in_output": True} | IDS | GREEDY),
+    (COMPLETIONS, {"prompt": [[504, 3413, 314]], "logprobs": 1, "return_tokens_as_token_ids": True} | IDS | GREEDY),
+    (COMPLETIONS, {"prompt": "Once", "n": 2, "seed": 7, "max_tokens": 40, "presence_penalty": 0.7} | IDS),
+    (COMPLETIONS, {"prompt": "A word:", "structured_outputs": {"choice": ["yes indeed", "not at all"]}} | GREEDY),
+    (CHAT, {"messages": MESSAGES, "logprobs": True, "top_logprobs": 3} | IDS | GREEDY),
+    (CHAT, {"messages": MESSAGES, "logprobs": True, "return_tokens_as_token_ids": True} | GREEDY),
+    (CHAT, {"messages": MESSAGES, "n": 2, "seed": 9, "max_tokens": 40, "stop": ["."]} | IDS),
+    (GENERATE, {"token_ids": [504, 3413, 314], "sampling_params": {"logprobs": 2} | GREEDY}),
+    (
+        GENERATE,
+        {"token_ids": [504, 3413, 314], "sampling_params": {"n": 2, "seed": 3, "max_tokens": 40, "logprobs": 0}},
+    ),
+]
+REFUSED: list[tuple[str, dict[str, Any]]] = [
+    (COMPLETIONS, {"prompt": "x", "temperature": -1}),
+    (COMPLETIONS, {"prompt": "x" * 20_000}),
+    (COMPLETIONS, {"prompt": "x", "model": "other"}),
+    (CHAT, {"messages": MESSAGES, "top_logprobs": 2}),
+    (CHAT, {"messages": []}),
+]
+
+
+async def test_one_server_or_a_fleet(vllm_fleet: LocalFleet) -> None:
+    config = resolve({"serve": {"port": 0, "stream_chunk_size": 8}, "rollout": {"chunk_size": 8}})
+    async with (
+        httpx.AsyncClient(base_url=vllm_fleet.urls[-1], timeout=120) as engine,
+        serving(config, vllm_fleet.urls) as (_, url),
+        httpx.AsyncClient(base_url=url, timeout=120) as service,
+    ):
+        for path, asked in CASES:
+            body = await marked(engine, asked)
+            said = [(await client.post(path, json=body)).raise_for_status().json() for client in (engine, service)]
+            differ = list(differences(*said))
+            assert not differ, (path, body, differ)
+            if path != GENERATE:
+                assert "".join([text async for text in streamed(service, path, body)]) == "".join(texts(said[0]))
+        for path, body in REFUSED:
+            replies = [await client.post(path, json=body) for client in (engine, service)]
+            assert replies[0].status_code == replies[1].status_code >= 400, [reply.text for reply in replies]
+            assert replies[0].json()["error"].keys() == replies[1].json()["error"].keys()
+        tokens = [await client.post("/tokenize", json={"prompt": "The sea"}) for client in (engine, service)]
+        assert tokens[0].json() == tokens[1].json()
+
+
+async def marked(engine: httpx.AsyncClient, body: dict[str, Any]) -> dict[str, Any]:
+    """A seeded request with the mark for which an engine draws its noise by position, as it does for the service's."""
+    if "sampling_params" in body and "seed" in body["sampling_params"]:
+        mark = {"extra_args": {"seer_prompt_len": len(body["token_ids"])}}
+        return body | {"sampling_params": body["sampling_params"] | mark}
+    if "seed" not in body:
+        return body
+    prompt = {name: body[name] for name in ("prompt", "messages") if name in body}
+    reply = await engine.post("/tokenize", json=prompt)
+    return body | {"vllm_xargs": {"seer_prompt_len": reply.json()["count"]}}
+
+
+def texts(reply: dict[str, Any]) -> Iterator[str]:
+    for choice in reply["choices"]:
+        yield choice["message"]["content"] if "message" in choice else choice["text"]
+
+
+async def streamed(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> Any:
+    """Yield the texts of the responses, in order, as a stream tells them."""
+    told: dict[int, str] = {}
+    async with client.stream("POST", path, json=body | {"stream": True}) as reply:
+        async for line in reply.aiter_lines():
+            if line and line != "data: [DONE]":
+                for choice in msgspec.json.decode(line.removeprefix("data: "))["choices"]:
+                    text = choice["text"] if "text" in choice else choice["delta"].get("content", "")
+                    told[choice["index"]] = told.get(choice["index"], "") + text
+    for _, text in sorted(told.items()):
+        yield text
+
+
+def differences(ours: Any, theirs: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Where two answers differ; numbers may differ in the last digits, and what is null may be left out."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for name in (ours.keys() | theirs.keys()) - NOT_COMPARED:
+            yield from differences(ours.get(name), theirs.get(name), f"{where}.{name}")
+    elif isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+        for number, pair in enumerate(zip(ours, theirs, strict=True)):
+            yield from differences(*pair, f"{where}[{number}]")
+    elif isinstance(ours, float) and isinstance(theirs, float):
+        if ours != pytest.approx(theirs, abs=2e-3):
+            yield where, ours, theirs
+    elif ours != theirs:
+        yield where, ours, theirs
