@@ -13,6 +13,7 @@ import httpx
 import msgspec
 import pytest
 
+from seer_async.sampling import response_seed
 from seer_servers.mock import LanguageModel, reference_response
 from tests.live.engines import running
 from tests.service.serving import FAST, SLOW, mock_engines, prompts, served
@@ -83,6 +84,7 @@ async def test_every_sample_is_there_and_right(fast: list[MockProcess], tmp_path
         assert sorted(sample["id"] for sample in found) == sorted(f"p{g}/{i}" for g in range(12) for i in range(4))
         for sample in found:
             assert_right(sample)
+            assert sample["seed"] == response_seed(5, sample["group"], sample["index"])  # as in `seer rollout`
         status = await look(client, job["id"])
         assert status["status"] == "done" and status["done"] == 48 and status["eta_s"] == 0
         assert status["tokens"] == sum(len(sample["token_ids"]) for sample in found)

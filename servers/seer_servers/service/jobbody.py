@@ -14,6 +14,7 @@ from seer_async.options import GroupOptions
 from seer_async.sampling import REFUSED, Sampling
 from seer_async.types import Prompt
 from seer_servers.service.errors import bad_request
+from seer_servers.service.jobstream import NDJSON
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
     from seer_async.service import Service
 
-NDJSON = "application/x-ndjson"
 _SEED_BITS = 62
 
 

@@ -140,7 +140,7 @@ class Feed:
         self._turns.rotate(-1)
         try:
             self._begin(job)
-        except (SeerError, OSError, msgspec.DecodeError) as error:
+        except (SeerError, OSError, msgspec.DecodeError, StopIteration) as error:
             self.end(job, FAILED, f"group {job.begun + 1} of {job.spool.info.groups} could not begin: {error}")
         return True
 
