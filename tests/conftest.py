@@ -44,7 +44,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("vllm"):
             item.add_marker(pytest.mark.timeout(START_AND_TEST_S))
-    items.sort(key=lambda item: next((n for n, path in enumerate(LONG) if item.nodeid.startswith(path)), len(LONG)))
+    items.sort(key=lambda item: _place(item.nodeid))
+
+
+def _place(nodeid: str) -> tuple[int, bool]:
+    """The long ones first; of the fleet's, last the test that leaves an engine killed."""
+    first = next((number for number, path in enumerate(LONG) if nodeid.startswith(path)), len(LONG))
+    return first, "test_a_killed_engine_costs" in nodeid
 
 
 @pytest.fixture(scope="session")
