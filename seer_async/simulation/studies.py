@@ -9,7 +9,7 @@ import msgspec
 from seer_async.errors import UsageError
 from seer_async.simulation.contest import contest
 from seer_async.simulation.outcome import Figures
-from seer_async.simulation.presets import KIMI_K2, MOONLIGHT, QWEN2_VL, Setting
+from seer_async.simulation.presets import KIMI_K2, MOONLIGHT, PAPER, QWEN2_VL, Setting
 from seer_async.simulation.run import Setup
 
 if TYPE_CHECKING:
@@ -86,8 +86,15 @@ _STUDIES = {
         )
         for setting, suffix, grouped in ((MOONLIGHT, 1.18, 1.26), (QWEN2_VL, None, 1.38), (KIMI_K2, None, 1.25))
     ],
+    "policies": [
+        _Case(setting, dict.fromkeys((BASELINE, _SEER, "foresight+pool", _BOUND), (None, None))) for setting in PAPER
+    ],
     "correlation": [
-        _Case(QWEN2_VL, dict.fromkeys((BASELINE, _DIVIDED, _SEER, _BOUND), (None, None)), _correlated(correlation))
+        _Case(
+            QWEN2_VL,
+            dict.fromkeys((BASELINE, _DIVIDED, _SEER, "foresight+pool", _BOUND), (None, None)),
+            _correlated(correlation),
+        )
         for correlation in (0.6, 0.75, 0.9, 0.95, 0.98)
     ],
 }
