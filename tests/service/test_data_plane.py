@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
 
 from seer_servers.mock.tokenizer import byte_tokenizer
@@ -221,3 +222,13 @@ async def test_names_are_echoed(engines: list[MockProcess]) -> None:
             )
             assert reply.headers["X-Request-Id"] == "abc"
             assert '"cmpl-abc"' in reply.text
+
+
+async def test_an_engine_is_asked_the_very_same_question(engines: list[MockProcess]) -> None:
+    async with served(engines) as (_, client), httpx.AsyncClient(base_url=engines[0].url) as engine:
+        rendered = [
+            await post(each, "/v1/completions/render", model="mock", prompt=PROMPT) for each in (client, engine)
+        ]
+    for each in rendered:
+        each[0].pop("request_id")
+    assert rendered[0] == rendered[1]

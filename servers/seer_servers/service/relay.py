@@ -59,7 +59,7 @@ class Relay:
 
     async def forward(self, request: web.Request) -> web.Response:
         """A handler: what an engine answers to the very same request."""
-        body = await request.read() if request.can_read_body else None
+        body = await request.read() or None  # read before: `can_read_body` no longer tells
         return response_of(await self.ask(request.method, request.rel_url.raw_path_qs, body), request.path)
 
     def _clients(self) -> Iterator[EngineClient]:
