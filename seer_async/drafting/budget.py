@@ -65,7 +65,7 @@ class Budget:
         return self._drafting and self._step % (TRY_EVERY if self._tired else 1) == 0
 
     def _duel(self, requests: int) -> Duel:
-        return self._duels.setdefault(requests.bit_length(), Duel())
+        return self._duels.setdefault(requests.bit_length(), Duel(requests))
 
     def allot(self, survival: Sequence[Sequence[float]], weights: Sequence[float]) -> list[int]:
         """Drafted tokens for each request of the batch.

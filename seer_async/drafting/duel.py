@@ -1,62 +1,76 @@
 """Drafting against not drafting, decided by trying: whatever a model of costs believes, the clock has the last word.
 
-Steps with and without drafts are timed in turn, and what was faster stays, for longer and longer while trials agree.
-The measure is the time that one request waits for one token: a step's time, over the tokens it gave each request.
+A trial times short blocks of steps, with drafting and without, in pairs; drafting goes on after it if it won by
+`MARGIN` in three pairs of four. Pairs, and the turn of who begins, keep out what changes meanwhile: contexts grow,
+machines are shared. The measure is the time that one request waits for one token: a block's time, over the tokens it
+gave each request.
 
-Invariant: drafting stays on only while it was faster by `MARGIN` in the latest trial of both.
+Invariants: drafting stays on only after a trial that it won; trials take the losing side at most `COST` of the time, as
+far as the rests between them, of at most `LONGEST` steps, allow.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from statistics import median
 
-WINDOW = 8  # steps whose time is taken together
-WINDOWS = 16  # the latest ones are compared, by their median
 SETTLE = 4  # steps under way when sides change
-TRIAL = SETTLE + 96  # steps
-PATIENCE = 1024  # steps before the other side is tried again; doubled while trials agree
-MAX_PATIENCE = 8192
-MARGIN = 1.01
+COUNTED = 20  # steps of a block whose time is taken
+COUNTED_TOKENS = 80  # or more: what drafts bring to few requests varies
+WINS, LOSSES = 3, 2  # pairs that end a trial
+MARGIN = 1.02
+COST = 0.005
+SHORTEST, LONGEST = 256, 4096  # steps between trials
 
 
 class Duel:
-    """Drafting against not drafting, at one batch size."""
+    """Drafting against not drafting, at a batch size of about `requests`."""
 
-    def __init__(self) -> None:
+    def __init__(self, requests: int) -> None:
         self.drafting = True
-        self._waits: dict[bool, deque[float]] = {True: deque(maxlen=WINDOWS), False: deque(maxlen=WINDOWS)}
-        self._trying = True
-        self._patience = PATIENCE
-        self._left, self._settle = TRIAL, SETTLE
-        self._steps, self._wait, self._tokens = 0, 0.0, 0.0
+        self._counted = max(COUNTED, COUNTED_TOKENS // requests)
+        self._resting = False
+        self._gains: list[float] = []  # of drafting, pair by pair: 1.1 is a tenth faster
+        self._waits: dict[bool, float] = {}  # of this pair, by side [s a token]
+        self._begin(self._counted)
 
     def step(self, *, drafted: bool, wait: float, tokens: float) -> None:
         """Count a step: `wait` seconds, `tokens` for each request."""
         if drafted != self.drafting:
             return  # it was under way when the switch turned
-        self._left -= 1
         self._settle -= 1
-        if self._settle < 0:
-            self._steps, self._wait, self._tokens = self._steps + 1, self._wait + wait, self._tokens + tokens
-            if self._steps == WINDOW:
-                self._waits[self.drafting].append(self._wait / self._tokens)
-                self._steps, self._wait, self._tokens = 0, 0.0, 0.0
+        if self._settle >= 0:
+            return
+        self._left -= 1
+        self._wait += wait
+        self._tokens += tokens
         if self._left <= 0:
-            self._turn()
+            self._ended()
 
-    def _turn(self) -> None:
-        if self._trying and all(self._waits.values()):
-            best = MARGIN * median(self._waits[True]) < median(self._waits[False])
-            agrees = best != self.drafting  # the one that was not on trial has won again
-            self._patience = min(self._patience * 2, MAX_PATIENCE) if agrees else PATIENCE
-            self._trying, self.drafting = False, best
-            self._restart(self._patience)
+    def _ended(self) -> None:
+        if self._resting:
+            self._resting, self._gains = False, []
+        elif not self._waits:
+            self._waits[self.drafting] = self._wait / self._tokens
+            self.drafting = not self.drafting
         else:
-            self._trying, self.drafting = True, not self.drafting
-            self._waits[self.drafting].clear()
-            self._restart(TRIAL)
+            self._waits[self.drafting] = self._wait / self._tokens
+            self._gains.append(self._waits[False] / self._waits[True])
+            self._waits = {}
+            self._judge()
+        self._begin(self._counted if not self._resting else self._rest())
 
-    def _restart(self, steps: int) -> None:
+    def _judge(self) -> None:
+        """End the trial if its outcome is known; else the next pair begins with the side that is on."""
+        wins = sum(gain >= MARGIN for gain in self._gains)
+        if wins >= WINS or len(self._gains) - wins >= LOSSES:
+            self.drafting, self._resting = wins >= WINS, True
+
+    def _rest(self) -> int:
+        """Steps until the next trial, so that what the loser would lose in it is `COST` of them."""
+        gain = median(self._gains)
+        tried = self._counted * len(self._gains)
+        return max(SHORTEST, min(LONGEST, round(tried * (max(gain, 1 / gain) - 1) / COST)))
+
+    def _begin(self, steps: int) -> None:
         self._left, self._settle = steps, SETTLE
-        self._steps, self._wait, self._tokens = 0, 0.0, 0.0
+        self._wait = self._tokens = 0.0

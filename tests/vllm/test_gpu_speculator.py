@@ -519,7 +519,7 @@ def test_the_switch_keeps_what_is_faster():
     gain, loss = gpu_switch.Switch(8, 8192), gpu_switch.Switch(8, 8192)
     steps = 4000
     assert play(gain, 2, steps, lambda drafting: (0.003, 2.0) if drafting else (0.0025, 1.0)) > 0.9 * steps
-    assert play(loss, 200, steps, lambda drafting: (0.0125, 1.2) if drafting else (0.01, 1.0)) < 0.1 * steps
+    assert play(loss, 200, steps, lambda drafting: (0.0125, 1.2) if drafting else (0.01, 1.0)) < 0.15 * steps
 
 
 def test_the_switch_turns_when_things_change():
@@ -545,7 +545,7 @@ def test_prefill_and_idle_time_are_left_out():
     for now in range(500):
         switch.ended(["a"], drafted=0, scheduled=300, sampled=1, now=float(now))
         switch.ended([f"r{now}"], drafted=8, scheduled=9, sampled=1, now=now + 0.5)
-    assert switch.duel(1)._left == duel.TRIAL
+    assert switch.duel(1)._left == duel.COUNTED_TOKENS
 
 
 # Where it meets vLLM

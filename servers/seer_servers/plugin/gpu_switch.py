@@ -37,7 +37,7 @@ class Switch:
         """The duel at this batch size."""
         size = (requests - 1).bit_length()
         if size not in self._duels:
-            self._duels[size] = Duel()
+            self._duels[size] = Duel(requests)
         return self._duels[size]
 
     def ended(self, requests: Collection[str], *, drafted: int, scheduled: int, sampled: int, now: float) -> None:
