@@ -121,6 +121,15 @@ class TestSpec:
         assert words[words.index("--kv-cache-memory-bytes") + 1] == str(1 << 29)
         assert words[words.index("--dtype") + 1] == "bfloat16"
 
+    def test_drafts_from_siblings_are_found_where_the_model_runs(self) -> None:
+        spec = EngineSpec(model="/m", draft="grouped", draft_tokens=5)
+        cpu, gpu = (dict(itertools.pairwise(spec.arguments(8000, Placement({}, {}, gpu=gpu)))) for gpu in (False, True))
+        methods = [json.loads(each["--speculative-config"]) for each in (cpu, gpu)]
+        assert [each["method"] for each in methods] == ["custom_class", "ngram_gpu"]
+        assert [each["num_speculative_tokens"] for each in methods] == [5, 5]
+        assert "--additional-config" not in cpu
+        assert json.loads(gpu["--additional-config"]) == {"seer_drafts": True}
+
 
 class TestPlacement:
     @pytest.fixture

@@ -18,7 +18,7 @@ import aiohttp
 import msgspec
 
 from seer_async.errors import FleetError
-from seer_servers.drafting.kinds import GROUPED, speculative_config
+from seer_servers.drafting.kinds import GROUPED, draft_options
 from seer_servers.placement import GIB, Placement, place
 from seer_servers.process import Process
 
@@ -83,10 +83,10 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
             "--num-gpu-blocks-override": self.num_blocks,
             "--kv-cache-memory-bytes": None if self.kv_cache_gib is None else int(self.kv_cache_gib * GIB),
             "--logprobs-mode": self.logprobs_mode,
-            "--speculative-config": speculative_config(self.draft, self.draft_tokens),
         }
         given = {name: str(value) for name, value in wanted.items() if value is not None}
-        options = {"--host": host, "--port": str(port)} | SWITCHES | placement.options | given
+        drafts = draft_options(self.draft, self.draft_tokens, gpu=placement.gpu)
+        options = {"--host": host, "--port": str(port)} | SWITCHES | placement.options | given | drafts
         words = [word for name, value in options.items() for word in (name, value) if word is not None]
         return [*words, *self.extra_args]
 

@@ -85,7 +85,7 @@ def script(spec: EngineSpec, nodes: Sequence[Node], pool: str, pool_gib: float) 
 
 def _engine(spec: EngineSpec, node: Node, pooling: list[str], pool_env: dict[str, str]) -> str:
     env = {name: ENV[name] for name in _NEEDED} | pool_env | spec.extra_env
-    words = spec.arguments(node.port, Placement({}, {}), node.host)
+    words = spec.arguments(node.port, Placement({}, {}, gpu=True), node.host)
     at = words.index("--model")
     command = ["vllm", "serve", spec.model, *words[:at], *words[at + 2 :], *pooling]
     return f"{' '.join(f'{name}={shlex.quote(value)}' for name, value in env.items())} \\\n  {shlex.join(command)}\n"

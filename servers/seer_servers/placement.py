@@ -30,6 +30,7 @@ class Placement(msgspec.Struct, frozen=True):
 
     env: dict[str, str]
     options: dict[str, str | None]
+    gpu: bool = False
 
 
 def place(count: int, model: str) -> list[Placement]:
@@ -104,5 +105,5 @@ def _on_gpus(count: int, gpus: list[tuple[str, int]], weights: int) -> list[Plac
             if kv_bytes <= 0:
                 raise FleetError(f"{tenants} engines do not fit on GPU {gpu} ({memory / GIB:.0f} GiB): start fewer.")
             options["--kv-cache-memory-bytes"] = str(kv_bytes)
-        placements.append(Placement({"CUDA_VISIBLE_DEVICES": gpu}, options))
+        placements.append(Placement({"CUDA_VISIBLE_DEVICES": gpu}, options, gpu=True))
     return placements

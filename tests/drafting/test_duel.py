@@ -58,3 +58,14 @@ def test_steps_of_the_other_side_are_not_counted() -> None:
     for _ in range(1000):
         duel.step(drafted=False, wait=1.0, tokens=1.0)
     assert duel.drafting
+
+
+def test_drafts_that_bring_less_are_noticed_at_once() -> None:
+    """Long before the next trial is due: a step costs a fifth more, and brings half a token less than it did."""
+    duel, drafted = Duel(64), 0
+    for number in range(4_000):
+        drafting = duel.drafting
+        drafted += drafting and number >= 3_000
+        brings = 1.0 if not drafting else 1.5 if number < 3_000 else 1.05
+        duel.step(drafted=drafting, wait=1.2 if drafting else 1.0, tokens=brings)
+    assert drafted < 200

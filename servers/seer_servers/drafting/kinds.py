@@ -19,8 +19,17 @@ _CONFIGS: dict[str, dict[str, Any] | None] = {
 KINDS = tuple(_CONFIGS)
 
 
-def speculative_config(kind: str, tokens: int) -> str | None:
-    """Return the value of vLLM's --speculative-config for drafts of at most `tokens`; None to draft nothing.
+# On a GPU drafts from siblings are found on it, by a drafter that takes this one's place (plugin/gpu_drafting.py).
+_ON_GPU: dict[str, Any] = {
+    "method": "ngram_gpu",
+    "prompt_lookup_min": 2,
+    "prompt_lookup_max": 16,
+    "enable_adaptive_verification": True,
+}
+
+
+def draft_options(kind: str, tokens: int, *, gpu: bool) -> dict[str, str]:
+    """Return vLLM's options for drafts of at most `tokens`, on a GPU or a CPU; none to draft nothing.
 
     Raises:
         ConfigError: There is no such kind.
@@ -28,4 +37,9 @@ def speculative_config(kind: str, tokens: int) -> str | None:
     if kind not in _CONFIGS:
         raise ConfigError(f"fleet.draft must be auto or one of {', '.join(KINDS)}, not {kind!r}")
     config = _CONFIGS[kind]
-    return json.dumps(config | {"num_speculative_tokens": tokens}) if config else None
+    if config is None:
+        return {}
+    ours = gpu and kind == GROUPED
+    speculative = (_ON_GPU if ours else config) | {"num_speculative_tokens": tokens}
+    additional = {"--additional-config": json.dumps({"seer_drafts": True})} if ours else {}
+    return {"--speculative-config": json.dumps(speculative)} | additional

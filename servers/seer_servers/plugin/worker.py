@@ -6,7 +6,6 @@ import of a runner. The API server asks the workers themselves: `collective_rpc(
 """
 
 import functools
-import os
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -118,8 +117,6 @@ def _v2_drafts(config: Any) -> None:
 
     if not gpu_drafting.wanted(config):
         raise UnsupportedVllmError("this engine drafts by other means than Seer's")
-    if os.environ.get("SEER_UNPROVEN_GPU_DRAFTS") != "1":
-        raise UnsupportedVllmError("on a GPU it is not yet proven to leave samples alone (design/drafting-gpu.md)")
     gpu_drafting.install(config)
 
 
