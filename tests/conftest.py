@@ -23,10 +23,11 @@ POOL_BYTES = 1 << 30
 START_AND_TEST_S = 600  # two engines and the tests share what may be two busy cores
 OF_THE_FLEET = tuple(f"tests/vllm/test_{of}.py" for of in ("drafting", "exactness", "kvpool", "rollout", "serve"))
 LONG = (
+    OF_THE_FLEET,
     "tests/vllm/test_mooncake.py",
     "tests/live/",
     "tests/test_fleet",
-)  # begun first, so that none is alone at the end
+)  # begun first, in this order, so that none is alone at the end
 
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job: Ctrl-C is tested all the same

@@ -87,7 +87,7 @@ async def test_requests_that_move_lose_one_token_and_change_nothing(engines: lis
 
 async def test_what_is_sampled_after_a_move_is_the_policys(engines: list[EngineClient], vllm_fleet: LocalFleet) -> None:
     """Samples at T=1 on KV that another engine computed, against the probabilities where nothing was loaded."""
-    draws, at_once = 1024, 64
+    draws, at_once = 640, 64
     asked = await engines[0].tokenize(read_dataset(default_dataset(), 1)[0], timeout_s=60)
     async with httpx.AsyncClient(timeout=300) as client:
 
@@ -99,7 +99,10 @@ async def test_what_is_sampled_after_a_move_is_the_policys(engines: list[EngineC
         params = {"max_tokens": 100, "temperature": 0.0, "ignore_eos": True, "logprobs": 20}
         (begun,) = await complete(0, asked, "moved", **params)
         tops = [torch.tensor(list(top.values())).exp() for top in begun["logprobs"]["top_logprobs"]]
-        open_end = max(range(50, 100), key=lambda place: float(torch.special.entr(tops[place]).sum()))
+        cheap = [
+            place for place in range(30, 100) if (len(asked) + place) % 32 in range(1, 5)
+        ]  # little is computed again
+        open_end = max(cheap, key=lambda place: float(torch.special.entr(tops[place]).sum()))
         prefix = asked + begun["token_ids"][:open_end]
         await complete(0, prefix, "moved", max_tokens=1)  # what is computed is in the pool
         before = await engines[1].pool_counters(timeout_s=30)

@@ -32,6 +32,7 @@ pytestmark = pytest.mark.vllm
 # Tokens. The first chunk does not end on a block border: there it is a race whether the last token is computed.
 BLOCK, PROMPT, FIRST, SECOND = 32, 288, 72, 16
 RUN = uuid.uuid4().hex
+EAGER = ("--enforce-eager",)  # compiling takes longer than these tests
 
 
 class Engine:
@@ -49,7 +50,8 @@ class Engine:
         """Return the next `count` greedy tokens."""
         info = self._client.info
         assert info
-        params = {"temperature": 0.0, "logprobs": 0, "ignore_eos": True, "extra_args": {"seer_prompt_len": PROMPT}}
+        extra = {"seer_prompt_len": min(PROMPT, len(prefix))}
+        params = {"temperature": 0.0, "logprobs": 0, "ignore_eos": True, "extra_args": extra}
         spec = CallSpec(
             request_id=uuid.uuid4().hex,
             model=info.model,
@@ -103,7 +105,7 @@ async def pool_works(there: Engine, here: Engine, seed: int) -> None:
     """Wait until what one engine stores can be found by the other, with prompts that were never used before."""
     async with asyncio.timeout(60):
         for attempt in range(60):
-            fresh = prompt(seed * 1000 + attempt)
+            fresh = prompt(seed * 1000 + attempt)[: 2 * BLOCK + 1]
             await here.go_on(fresh, 1, "v1")
             await asyncio.sleep(0.5)
             if await there.held(fresh, "v1"):
@@ -112,7 +114,9 @@ async def pool_works(there: Engine, here: Engine, seed: int) -> None:
 
 async def test_two_engines_and_killed_daemons(vllm_installed: None, mooncake_installed: None, tmp_path: Path) -> None:  # noqa: F811 - a fixture
     model = str(ensure_default_model())
-    spec = EngineSpec(model=model, dtype="float32", max_model_len=2048, block_size=BLOCK, kv_cache_gib=0.5)
+    spec = EngineSpec(
+        model=model, dtype="float32", max_model_len=2048, block_size=BLOCK, kv_cache_gib=0.5, extra_args=EAGER
+    )
     pool = MooncakePool(tmp_path, 1 << 30, namespace=model_namespace(model, "float32"))
     async with LocalFleet(spec, 2, tmp_path, pool=pool) as fleet, engine_session() as session:
         here, there = [Engine(url, session) for url in fleet.urls]

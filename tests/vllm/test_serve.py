@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -56,19 +57,22 @@ async def test_one_server_or_a_fleet(vllm_fleet: LocalFleet) -> None:
         serving(config, vllm_fleet.urls) as (_, url),
         httpx.AsyncClient(base_url=url, timeout=120) as service,
     ):
-        for path, asked in CASES:
-            body = await marked(engine, asked)
-            said = [(await client.post(path, json=body)).raise_for_status().json() for client in (engine, service)]
-            differ = list(differences(*said))
-            assert not differ, (path, body, differ)
-            if path != GENERATE:
-                assert "".join([text async for text in streamed(service, path, body)]) == "".join(texts(said[0]))
+        await asyncio.gather(*(_alike(engine, service, *case) for case in CASES))
         for path, body in REFUSED:
             replies = [await client.post(path, json=body) for client in (engine, service)]
             assert replies[0].status_code == replies[1].status_code >= 400, [reply.text for reply in replies]
             assert replies[0].json()["error"].keys() == replies[1].json()["error"].keys()
         tokens = [await client.post("/tokenize", json={"prompt": "The sea"}) for client in (engine, service)]
         assert tokens[0].json() == tokens[1].json()
+
+
+async def _alike(engine: httpx.AsyncClient, service: httpx.AsyncClient, path: str, asked: dict[str, Any]) -> None:
+    body = await marked(engine, asked)
+    said = [(await client.post(path, json=body)).raise_for_status().json() for client in (engine, service)]
+    differ = list(differences(*said))
+    assert not differ, (path, body, differ)
+    if path != GENERATE:
+        assert "".join([text async for text in streamed(service, path, body)]) == "".join(texts(said[0]))
 
 
 async def marked(engine: httpx.AsyncClient, body: dict[str, Any]) -> dict[str, Any]:
