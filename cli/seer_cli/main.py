@@ -3,36 +3,62 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import typer
+from typer.core import TyperGroup
 
 from seer_async import __version__
 from seer_async.errors import SeerError
-from seer_cli.bench import bench
-from seer_cli.draftserver import draft_server
-from seer_cli.fleet import fleet
-from seer_cli.mock import mock_engine
-from seer_cli.report import report
-from seer_cli.rollout import rollout
-from seer_cli.serve import serve
-from seer_cli.simulate import simulate
+
+if TYPE_CHECKING:
+    from typer._click import Command, Context
+
+_MODULES = {
+    "rollout": "rollout",
+    "serve": "serve",
+    "report": "report",
+    "simulate": "simulate",
+    "mock-engine": "mock",
+    "draft-server": "draftserver",
+    "fleet": "fleet",
+    "bench": "bench",
+}
+
+
+class _Commands(TyperGroup):
+    """The subcommands, each imported when it is asked for: a rollout need not wait for what only benchmarks use."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings | {"commands": dict.fromkeys(_MODULES)})
+
+    def get_command(self, ctx: Context, cmd_name: str) -> Command | None:
+        """Return a subcommand, None if there is none of that name."""
+        if self.commands.get(cmd_name) is None and cmd_name in _MODULES:
+            self.commands[cmd_name] = _load(cmd_name)
+        return super().get_command(ctx, cmd_name)
+
+
+def _load(name: str) -> Command:
+    found = getattr(import_module(f"seer_cli.{_MODULES[name]}"), name.replace("-", "_"))
+    alone = typer.Typer(rich_markup_mode="markdown", add_completion=False)
+    if isinstance(found, typer.Typer):
+        alone.add_typer(found, name=name)
+        return typer.main.get_group(alone).commands[name]
+    alone.command(name)(found)
+    return typer.main.get_command(alone)
+
 
 app = typer.Typer(
     name="seer",
+    cls=_Commands,
     help="Strictly on-policy rollouts for RL on fleets of vLLM servers: divided, context-aware, exact.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-app.command("rollout")(rollout)
-app.command("serve")(serve)
-app.command("report")(report)
-app.command("simulate")(simulate)
-app.command("mock-engine")(mock_engine)
-app.command("draft-server")(draft_server)
-app.add_typer(fleet, name="fleet")
-app.add_typer(bench, name="bench")
 
 
 def _version(value: bool) -> None:  # noqa: FBT001 - Typer's callback signature
