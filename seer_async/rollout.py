@@ -7,6 +7,7 @@ sample is drawn; from then on nothing that was accepted is lost.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import time
 from contextlib import asynccontextmanager, suppress
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from seer_async.types import EngineInfo, Prompt
 
 _TOKENIZE_AT_ONCE = 32
+_ASK_AGAIN_S = 0.1
 _TOKENIZE_TIMEOUT_S = 60.0
 _FLUSH_S = 10.0
 
@@ -142,11 +144,19 @@ class Fleet:
         configured = self._config.fleet.tokenizer
         if configured:
             return load_tokenizer(configured)
-        for name in self.attached:
-            with suppress(EngineError):  # it may have died since; the others have the same
-                if text := await self.clients[name].tokenizer_json(timeout_s=_TOKENIZE_TIMEOUT_S):
+        with suppress(TimeoutError):
+            async with asyncio.timeout(min(self._config.engine.patience_s, _TOKENIZE_TIMEOUT_S)):
+                if text := await self._tokenizer_json():
                     return Tokenizer.from_str(text)
         return load_tokenizer(self.info.root or self.info.model)
+
+    async def _tokenizer_json(self) -> str | None:
+        """What the first engine says that answers: any may have died since, and come back."""
+        for name in itertools.cycle(self.attached):
+            with suppress(EngineError):
+                return await self.clients[name].tokenizer_json(timeout_s=_TOKENIZE_TIMEOUT_S)
+            await asyncio.sleep(_ASK_AGAIN_S)
+        return None
 
     async def tokenise(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """Prompts with their token ids, by the engines' own tokenizer and chat template.

@@ -165,7 +165,9 @@ async def test_engines_come_and_go(engines: list[MockProcess]) -> None:
         await asyncio.sleep(0.05)
         engines[0].kill()
         name = service.add_engine(engines[2].url)
-        await asyncio.sleep(0.3)
+        async with asyncio.timeout(30):
+            while not service.core.instances[name].up:
+                await asyncio.sleep(0.05)
         service.remove_engine("engine-1")
         samples = [sample for ticket in tickets for sample in await ticket.all()]
         for sample in samples:

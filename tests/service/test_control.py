@@ -163,7 +163,7 @@ async def test_pause_stops_all_and_resume_goes_on(engines: list[MockProcess], mo
         assert await it.get("/is_paused") == {"is_paused": True}
         assert await it.states() == {"engine-0": "PAUSED", "engine-1": "PAUSED"}
         await eventually(lambda: nothing_runs(engines[:2]))
-        assert all(ticket.done == (mode != "keep") for ticket in tickets)
+        assert all(ticket.done for ticket in tickets) == (mode != "keep")
         late = it.submit(100)
         await asyncio.sleep(1.2)  # a poll finds the engines paused
         assert not late.done
