@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.vllm
 
 # Tokens. The first chunk does not end on a block border: there it is a race whether the last token is computed.
-BLOCK, PROMPT, FIRST, SECOND = 32, 288, 72, 16
+BLOCK, PROMPT, FIRST, SECOND = 32, 288, 40, 8
 RUN = uuid.uuid4().hex
 EAGER = ("--enforce-eager",)  # compiling takes longer than these tests
 
@@ -129,8 +129,9 @@ async def test_two_engines_and_killed_daemons(vllm_installed: None, mooncake_ins
 
 async def moves_without_prefill(here: Engine, there: Engine) -> None:
     start = prompt(1)
-    undivided = await here.go_on(start, FIRST + SECOND, "undivided")
-    first = await here.go_on(start, FIRST, "v1")
+    undivided, first = await asyncio.gather(
+        there.go_on(start, FIRST + SECOND, "undivided"), here.go_on(start, FIRST, "v1")
+    )
     assert first == undivided[:FIRST]
     await there.until_held(start + first, "v1")
     before = await there.computed()
@@ -164,8 +165,9 @@ async def survives(service: Service, here: Engine, there: Engine, seed: int) -> 
     """Kill a daemon between two chunks: the second is answered, right, and the pool works again by itself."""
     await pool_works(there, here, seed)
     start = prompt(seed)
-    undivided = await here.go_on(start, FIRST + SECOND, "undivided")
-    first = await here.go_on(start, FIRST, "v1")
+    undivided, first = await asyncio.gather(
+        there.go_on(start, FIRST + SECOND, "undivided"), here.go_on(start, FIRST, "v1")
+    )
     await there.until_held(start + first, "v1")
     kill(service)
     started = time.monotonic()
