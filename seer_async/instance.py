@@ -47,6 +47,7 @@ class Instance:
         self.in_flight: dict[int, tuple[int, _Sharers]] = {}  # call -> blocks reserved beyond those it shares
         self.reserved = 0
         self._sharers: dict[tuple[str, str], _Sharers] = {}  # by group and weight version
+        self.preempted = 0  # requests, by this engine, while we watched it
         self.generated = 0  # tokens accepted from this engine, in all epochs
         self.failures = 0  # in a row
         self.ejections = 0  # in a row
@@ -85,6 +86,7 @@ class Instance:
         """Take in one reading of the engine's telemetry."""
         if self.stats is not None and stats.preemptions > self.stats.preemptions:
             self._trust = max(_LEAST_TRUST, self._trust * _PREEMPTION_CUT)
+            self.preempted += stats.preemptions - self.stats.preemptions
         self.stats = stats
         self._foreign = max(0, round(stats.kv_used * self._usable) - self._peak_reserved)
         self._peak_reserved = self.reserved

@@ -163,9 +163,12 @@ class Fleet:
 
         Raises:
             DatasetError: A prompt is refused, or leaves no room in the context; names its line.
+            FleetError: No engine is left to ask.
         """
         at_once = asyncio.Semaphore(_TOKENIZE_AT_ONCE)
         clients = [self.clients[name] for name in self.attached]
+        if not clients:
+            raise FleetError("the fleet has no engine: add one (POST /workers) first")
 
         async def one(number: int, prompt: Prompt) -> Prompt:
             if prompt.token_ids is None:

@@ -166,7 +166,7 @@ def _engine(instance: Instance, now: float) -> EngineView:
         kv_used=stats.kv_used if stats else 0.0,
         kv_reserved=min(1.0, instance.reserved / max(1, instance.capacity)),
         queued=stats.waiting if stats else 0,
-        preemptions=stats.preemptions if stats else 0,
+        preemptions=instance.preempted,
         generated=instance.generated,
         weight_version=instance.version,
         last_error=instance.last_error,

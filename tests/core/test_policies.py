@@ -263,6 +263,14 @@ def test_an_engine_that_preempts_is_trusted_less() -> None:
     assert len(hand.sent) == int(20 * 0.9**3) // 2
 
 
+def test_preemptions_are_those_that_we_saw() -> None:
+    """An engine counts from its start, and from 0 again when it is restarted."""
+    hand = Hand(**TENS).up(blocks=20)
+    for total in (40, 43):
+        hand.report("a", preemptions=total)
+    assert hand.core.instances["a"].preempted == 3
+
+
 def test_an_empty_engine_takes_any_one_chunk_that_fits_it() -> None:
     """Whatever its telemetry says and whatever share of it is ours: nothing else would ever end the wait."""
     hand = Hand(engine={"kv_fraction": 0.5}, **TENS).up(blocks=4)

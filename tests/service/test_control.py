@@ -13,9 +13,11 @@ import pytest
 from aiohttp import web
 
 from seer_async.config import resolve
+from seer_async.errors import FleetError
 from seer_async.options import GroupOptions
 from seer_async.sampling import Sampling
 from seer_async.service import Service, Ticket, Work
+from seer_async.types import Prompt
 from seer_servers.fleet import free_ports
 from seer_servers.mock import LanguageModel, reference_response
 from seer_servers.service import pausing, weights
@@ -602,6 +604,9 @@ async def test_workers_come_and_go(engines: list[MockProcess]) -> None:
                 assert status == 400
                 assert why in said
             assert (await it.get("/workers"))["weight_version"] == "default"
+            assert (await it.http.delete("/workers/engine-2")).status_code == 200
+            with pytest.raises(FleetError, match="has no engine"):
+                await it.service.fleet.tokenise([Prompt(id="p", text="nobody reads this")])
 
 
 async def test_an_engine_added_after_an_update_is_stale(engines: list[MockProcess]) -> None:
