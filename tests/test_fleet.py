@@ -412,8 +412,7 @@ import asyncio, sys
 from pathlib import Path
 from seer_servers.fleet import EngineSpec, LocalFleet
 async def main():
-    sizes = dict(max_model_len=512, max_num_seqs=4, num_blocks=64, kv_cache_gib=0.5)
-    spec = EngineSpec(model=sys.argv[1], **sizes, extra_args=("--enforce-eager",))
+    spec = EngineSpec(model=sys.argv[1], max_model_len=512, max_num_seqs=4, num_blocks=64, kv_cache_gib=0.5)
     async with LocalFleet(spec, 1, Path(sys.argv[2])) as fleet:
         print(fleet.engines[0].process.pid, fleet.urls[0], flush=True)
         await asyncio.sleep(600)

@@ -32,7 +32,6 @@ pytestmark = pytest.mark.vllm
 # Tokens. The first chunk does not end on a block border: there it is a race whether the last token is computed.
 BLOCK, PROMPT, FIRST, SECOND = 32, 288, 40, 8
 RUN = uuid.uuid4().hex
-EAGER = ("--enforce-eager",)  # compiling takes longer than these tests
 
 
 class Engine:
@@ -114,9 +113,7 @@ async def pool_works(there: Engine, here: Engine, seed: int) -> None:
 
 async def test_two_engines_and_killed_daemons(vllm_installed: None, mooncake_installed: None, tmp_path: Path) -> None:  # noqa: F811 - a fixture
     model = str(ensure_default_model())
-    spec = EngineSpec(
-        model=model, dtype="float32", max_model_len=2048, block_size=BLOCK, kv_cache_gib=0.5, extra_args=EAGER
-    )
+    spec = EngineSpec(model=model, dtype="float32", max_model_len=2048, block_size=BLOCK, kv_cache_gib=0.5)
     pool = MooncakePool(tmp_path, 1 << 30, namespace=model_namespace(model, "float32"))
     async with LocalFleet(spec, 2, tmp_path, pool=pool) as fleet, engine_session() as session:
         here, there = [Engine(url, session) for url in fleet.urls]
