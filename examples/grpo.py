@@ -116,7 +116,7 @@ def difference(one: torch.Tensor, padding: torch.Tensor, other: torch.Tensor) ->
 def prompts(count: int, rng: random.Random) -> list[dict[str, Any]]:
     """Some prompts, as the lines of a dataset."""
     chosen = rng.sample(SUBJECTS, count)
-    return [{"messages": [{"role": "user", "content": f"Write a sentence about {subject}."}]} for subject in chosen]
+    return [{"prompt": f"A short story about {subject}:"} for subject in chosen]
 
 
 def rollout(client: Client, version: str, batch: list[dict[str, Any]], n: int, max_tokens: int) -> list[list[Sample]]:
