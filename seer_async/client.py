@@ -32,6 +32,7 @@ from seer_async.clientcalls import (
     decoded,
     ended,
     samples_path,
+    update_calls,
 )
 from seer_async.types import Sample
 
@@ -81,6 +82,17 @@ class Client:
     def workers(self) -> list[EngineView]:
         """The engines now."""
         return self.status().snapshot.engines
+
+    def update_weights(self, version: str, info: dict[str, Any]) -> str:
+        """Give all engines new weights, and return what they are called: `version`, unless others were called that.
+
+        `info` tells vLLM's transfer engine where they are, as {"path": FOLDER} does for `seer_files`. Nothing is
+        sampled meanwhile; responses that had begun begin again. After an error nothing is sampled until an update
+        succeeds.
+        """
+        for path, options in update_calls(version, info):
+            said = self.call("POST", path, dict[str, str], **options)
+        return said["weight_version"]
 
     def call(self, method: str, path: str, kind: type[T], **options: Any) -> T:
         """One call, repeated while the server is away or busy."""
@@ -179,6 +191,12 @@ class AsyncClient:
     async def workers(self) -> list[EngineView]:
         """See `Client.workers`."""
         return (await self.status()).snapshot.engines
+
+    async def update_weights(self, version: str, info: dict[str, Any]) -> str:
+        """See `Client.update_weights`."""
+        for path, options in update_calls(version, info):
+            said = await self.call("POST", path, dict[str, str], **options)
+        return said["weight_version"]
 
     async def call(self, method: str, path: str, kind: type[T], **options: Any) -> T:
         """See `Client.call`."""

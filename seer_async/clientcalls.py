@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 _CALL_S = 300.0  # a dataset is tokenised before the server answers
+_UPDATE_S = 1830.0  # the server gives its engines half an hour
 _QUIET_S = 40.0  # the server says something every ten seconds
 _CONNECT_S = 10.0
 _FIRST_DELAY_S, _MOST_DELAY_S = 0.1, 5.0
@@ -92,6 +93,16 @@ def begin_options(
     body = {"prompts": [_fields(prompt) for prompt in prompts], "sampling": sampling} | options
     headers = {"Content-Type": "application/json", "Idempotency-Key": secrets.token_hex()}
     return {"content": msgspec.json.encode(body), "headers": headers}
+
+
+def update_calls(version: str, info: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The calls of a weight update, in order: paths, and what they are made with."""
+    bodies = {
+        "/start_weight_update": {},
+        "/update_weights": {"update_info": info},
+        "/finish_weight_update": {"weight_version": version},
+    }
+    return [(path, {"json": body, "timeout": _UPDATE_S}) for path, body in bodies.items()]
 
 
 def _fields(prompt: PromptLike) -> dict[str, Any]:

@@ -75,7 +75,11 @@ def _weight_bytes(model: str) -> int:
 def _on_cores(count: int, cores: list[int]) -> list[Placement]:
     each = max(1, len(cores) // count)
     # Compiling takes minutes at every start and gains a fifth (design/fleet.md).
-    options = {"--kv-cache-memory-bytes": str(CPU_KV_BYTES), "--enforce-eager": None}
+    options = {
+        "--kv-cache-memory-bytes": str(CPU_KV_BYTES),
+        "--enforce-eager": None,
+        "--weight-transfer-config": '{"backend": "seer_files"}',  # the one of all that CPUs have
+    }
     if not has_bfloat16():
         options["--dtype"] = "float32"
     shares = [[cores[(i * each + j) % len(cores)] for j in range(each)] for i in range(count)]

@@ -378,15 +378,22 @@ async def test_all_engines_receive_at_the_same_time(engines: list[MockProcess]) 
             assert_right(sample, "v2")
 
 
-async def test_an_update_without_a_name_gets_one(engines: list[MockProcess]) -> None:
+async def test_no_two_updates_have_the_same_version_whatever_the_trainer_calls_them(engines: list[MockProcess]) -> None:
     async with trainer(engines[:2]) as it:
         versions = []
-        for _ in range(2):
-            await it.update()
+        for name in (None, None, "step-1", "default", "step-1"):
+            ticket = it.submit(1, n=16)  # in flight, with tokens of the old weights
+            await asyncio.sleep(0.05)
+            await it.update(name)
             versions.append((await it.get("/weight_info"))["weight_version"])
-            for sample in await it.submit(1).all():
+            for sample in await ticket.all():
+                assert_right(sample)
+            for sample in await it.submit(2).all():
                 assert_right(sample, versions[-1])
-        assert len({"default", *versions}) == 3
+        assert versions[2:] == ["step-1", "default#2", "step-1#2"]
+        assert len({"default", *versions}) == 6
+        assert (await it.post("/update_weight_version", {"new_version": "step-1#2"}))["new_version"] == "step-1#2"
+        assert (await it.post("/update_weight_version", {"new_version": "step-1"}))["new_version"] == "step-1#3"
 
 
 async def test_a_repeated_finish_changes_nothing_and_an_overlap_is_refused(engines: list[MockProcess]) -> None:
@@ -445,9 +452,7 @@ async def test_an_engine_killed_in_an_update_is_named_and_the_others_go_on(engin
         await it.becomes(engine_0="UP", engine_1="UP", engine_2="UP")
 
 
-async def test_an_engine_that_fails_in_an_update_gets_nothing_though_its_version_is_right(
-    engines: list[MockProcess],
-) -> None:
+async def test_an_engine_that_fails_in_an_update_gets_nothing(engines: list[MockProcess]) -> None:
     async with trainer(engines[:2]) as it:
         await it.post("/init_weight_transfer_engine", {"init_info": {}})
         await it.post("/start_weight_update")
@@ -477,7 +482,7 @@ async def test_stragglers_have_a_deadline(engines: list[MockProcess], monkeypatc
         await it.becomes(engine_0="STALE", engine_1="STALE")
 
 
-async def test_a_restarted_engine_is_stale_even_if_its_version_has_the_same_name(engines: list[MockProcess]) -> None:
+async def test_a_restarted_engine_is_stale_even_if_the_trainer_uses_its_name(engines: list[MockProcess]) -> None:
     async with trainer(engines[:2]) as it:
         await it.update("default")
         engines[0].kill()
@@ -485,7 +490,7 @@ async def test_a_restarted_engine_is_stale_even_if_its_version_has_the_same_name
         await it.becomes(engine_0="STALE", engine_1="UP")
         samples = [sample for number in range(8) for sample in await it.submit(number).all()]
         assert {chunk.engine for sample in samples for chunk in sample.chunks} == {"engine-1"}
-        assert "has not got the last update" in (await it.get("/workers/engine-0"))["reason"]
+        assert "version default, the fleet default#2" in (await it.get("/workers/engine-0"))["reason"]
         await it.post("/update_weight_version", {"new_version": "v2"})  # a name does not give it the weights
         await it.becomes(engine_0="STALE")
         assert (await it.get("/weight_info"))["weight_version"] == "v2"

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import vllm
+from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.logger import init_logger
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.worker.worker_base import WorkerWrapperBase
@@ -21,18 +22,20 @@ from seer_servers.plugin.patching import Function, Patch, UnsupportedVllmError, 
 logger = init_logger("vllm.seer")
 
 SUPPORTED_RELEASE = "0.32."
+TRANSFER = "seer_files"  # as --weight-transfer-config names it
 BOOT_ID = str(uuid.uuid4())  # names this life of the worker process
 
 
 @functools.cache  # vLLM may call the plug-in again in the same process
 def hook() -> None:
-    """Have the workers of this process patch it before they build their model runner."""
+    """Have the workers of this process patch it before they build their model runner, and let them read checkpoints."""
     apply_all(
         (
             Patch(WorkerWrapperBase, "init_device", ("self",), _around_init_device),
             *drafting.scheduler_patches(NewRequestData),
         )
     )
+    WeightTransferEngineFactory.register_engine(TRANSFER, "seer_servers.plugin.checkpoints", "CheckpointFiles")
 
 
 def _around_init_device(init_device: Function) -> Function:

@@ -1,14 +1,15 @@
 """Weight transfer: the trainer sees one server with as many workers as the fleet has.
 
 Invariants: nothing is sampled while an update is open; the fleet's version changes once, when every engine that took
-the whole update has it; an engine that missed any part of it gets nothing until the next one; an update without a
-version of its own gets one from us, or old KV blocks and samples could not be told from new ones.
+the whole update has it; an engine that missed any part of it gets nothing until the next one; no two updates have the
+same version, whatever the trainer calls them, or old KV blocks and samples could not be told from new ones.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -85,6 +86,7 @@ class Weights:
         self._workers: dict[str, int] = {}  # of each engine, as the trainer counts them
         self._rest: asyncio.Task[None] | None = None  # engines still at work when another had failed
         self._updates = 0
+        self._names: set[str] = set()  # what weights have been called
         self._transferred = False  # weights came through us, not only names for them
 
     @property
@@ -208,7 +210,7 @@ class Weights:
             if self._open is None:
                 return self._finished_before()
             self._updates += 1
-            version = body.weight_version or f"update-{self._updates}-{self._service.run_id[-6:]}"
+            version = self._unused(body.weight_version or f"update-{self._updates}-{self._service.run_id[-6:]}")
             async with self._held():
                 outcome = await self._finish_on(self._open, version)
             self._fanout.check(outcome, f"the others sample from {version}", repeatable=False)
@@ -236,10 +238,21 @@ class Weights:
         async with self._alone("/update_weight_version"), self._held():
             boots = await self._facts.boots(await self._fanout.live())
             engines = self._holders.among(boots) if self._transferred else list(boots)
-            outcome = await self._fanout.post("/update_weight_version", engines, msgspec.json.encode(body))
-            await self._adopt(body.new_version, {name: boots[name] for name in outcome.ok})
-            self._fanout.check(outcome, f"the others sample from {body.new_version}")
-        return web.json_response({"success": True, "new_version": body.new_version})
+            same = body.new_version == self._service.core.version
+            version = body.new_version if same else self._unused(body.new_version)
+            said = msgspec.json.encode({"new_version": version})
+            outcome = await self._fanout.post("/update_weight_version", engines, said)
+            await self._adopt(version, {name: boots[name] for name in outcome.ok})
+            self._fanout.check(outcome, f"the others sample from {version}")
+        return web.json_response({"success": True, "new_version": version})
+
+    def _unused(self, name: str) -> str:
+        """A name that no weights had before: trainers that start again count from one again."""
+        self._names.add(self._service.core.version)
+        names = itertools.chain([name], (f"{name}#{number}" for number in itertools.count(2)))
+        unused = next(each for each in names if each not in self._names)
+        self._names.add(unused)
+        return unused
 
     async def _adopt(self, version: str, boots: Mapping[str, str]) -> None:
         """Sample from these weights, on the engines that have them."""
