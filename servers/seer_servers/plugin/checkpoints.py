@@ -25,12 +25,12 @@ from vllm.model_executor.model_loader.weight_utils import safetensors_weights_it
 
 
 @dataclass
-class NoInit(WeightTransferInitInfo):
+class NoInit(WeightTransferInitInfo):  # type: ignore[misc]  # vLLM has no types here
     """There is nothing to agree on beforehand; /init_weight_transfer_engine may be called and need not."""
 
 
 @dataclass
-class Checkpoint(WeightTransferUpdateInfo):
+class Checkpoint(WeightTransferUpdateInfo):  # type: ignore[misc]  # vLLM has no types here
     """A folder with all tensors of the model as safetensors files, at a path of the engine's machine."""
 
     path: str
@@ -43,7 +43,7 @@ class Checkpoint(WeightTransferUpdateInfo):
         return found
 
 
-class CheckpointFiles(WeightTransferEngine[NoInit, Checkpoint]):
+class CheckpointFiles(WeightTransferEngine[NoInit, Checkpoint]):  # type: ignore[misc]  # vLLM has no types here
     """Loads a checkpoint over the model in place; each worker takes its own part of every tensor."""
 
     init_info_cls = NoInit

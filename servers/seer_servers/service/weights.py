@@ -248,7 +248,7 @@ class Weights:
 
     def _unused(self, name: str) -> str:
         """A name that no weights had before: trainers that start again count from one again."""
-        self._names.add(self._service.core.version)
+        self._names.add(self._service.core.version or "")
         names = itertools.chain([name], (f"{name}#{number}" for number in itertools.count(2)))
         unused = next(each for each in names if each not in self._names)
         self._names.add(unused)
