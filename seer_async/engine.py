@@ -125,10 +125,9 @@ class EngineClient:
 
     async def stats(self, *, timeout_s: float) -> EngineStats:
         """One reading of the telemetry."""
-        page, version = await asyncio.gather(
-            self._request("GET", "/metrics", None, timeout_s), self._weight_version(timeout_s)
-        )
-        metrics = Metrics(page)
+        # Not gathered: asyncio.gather loses a cancellation that comes in the moment in which one of its calls fails.
+        metrics = Metrics(await self._request("GET", "/metrics", None, timeout_s))
+        version = await self._weight_version(timeout_s)
         return metrics.stats(boot=metrics.boot, weight_version=version)
 
     async def control(self, method: str, path: str, body: bytes | None = None, *, timeout_s: float) -> bytes:

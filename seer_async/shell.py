@@ -35,7 +35,7 @@ from seer_async.snapshot import Snapshot, take_snapshot
 from seer_async.wire import CallSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from seer_async.core import Core
     from seer_async.engine import EngineClient
@@ -45,6 +45,7 @@ TRIAL_TIMEOUT_S = 60.0  # for one token from an engine that others may keep busy
 _RETRY_ATTACH_S = 1.0
 _REPORT_SHARE = 50  # watching may take one fiftieth of the loop's time,
 _REPORT_PAUSE_S = 2.0  # unless that would look frozen
+_INSIST_S = 1.0
 
 
 class Sink(Protocol):
@@ -147,8 +148,7 @@ class Shell:
                 self._begin_monitor(self._tasks, name)
             tasks = [self._tasks.create_task(self._report()), self._tasks.create_task(self._measure())]
             await asyncio.wait([self._stopped])
-            for task in [*tasks, *self._monitors.values(), *self._calls.values()]:
-                task.cancel()
+            await _ended([*tasks, *self._monitors.values(), *self._calls.values()])
         if self._alarm:
             self._alarm.cancel()
         self._report_once()
@@ -354,3 +354,12 @@ class Shell:
                     self._stopped.set_exception(StorageError(f"cannot write {self._sink.name}: {error.strerror}"))
                 return
             await asyncio.sleep(output.metrics_s)
+
+
+async def _ended(tasks: Iterable[asyncio.Task[None]]) -> None:
+    """Cancel tasks until they have ended: libraries lose a cancellation that comes in the moment of a timeout."""
+    left = set(tasks)
+    while left:
+        for task in left:
+            task.cancel()
+        _, left = await asyncio.wait(left, timeout=_INSIST_S)

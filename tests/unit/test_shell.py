@@ -9,6 +9,7 @@ import pytest
 
 from seer_async.config import resolve
 from seer_async.core import Core
+from seer_async.errors import EngineError, FailureKind
 from seer_async.events import GroupAdded, InputClosed
 from seer_async.runfolder import RunFolder
 from seer_async.shell import Clock, Shell
@@ -48,10 +49,27 @@ class Engine:
         return STATS
 
 
+class Deaf(Engine):
+    """Its telemetry fails in the moment in which it is given up, so that the first cancellation is lost."""
+
+    heard = False
+
+    async def stats(self, **_: Any) -> EngineStats:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            if not self.heard:
+                self.heard = True
+                raise EngineError(FailureKind.TIMEOUT, "too late") from None
+            raise
+        return STATS
+
+
 @pytest.mark.timeout(30)
-async def test_suspicion_in_the_last_moment_does_not_keep_a_monitor_alive(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [Engine, Deaf])
+async def test_what_comes_in_the_last_moment_keeps_no_monitor_alive(tmp_path: Path, kind: type[Engine]) -> None:
     config = resolve({"engine": {"telemetry_s": 10.0}})
-    engine = Engine()
+    engine = kind()
     folder = RunFolder.create(tmp_path / "run", config, [], dataset="test", command=[])
     core = Core(config, ["a"], run="r", seed=1, tokenizer=None, lengths=None)
     engine.shell = Shell(core, {"a": cast("EngineClient", engine)}, folder, clock=Clock())
