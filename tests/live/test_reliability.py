@@ -279,7 +279,7 @@ async def test_no_usable_engine(tmp_path: Path) -> None:
 
 
 async def test_two_writers_of_one_folder(tmp_path: Path) -> None:
-    with mock_engines(SLOW) as engines:
+    with mock_engines([*SLOW, "--step-ms", "60"]) as engines:  # the first still writes when the others have started
         first = await seer(*run_options(tmp_path, engines, 8))
         await until_started(tmp_path / "run")
         second = await seer("--resume", str(tmp_path / "run"))

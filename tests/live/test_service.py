@@ -38,7 +38,7 @@ def engines() -> Iterator[list[MockProcess]]:
 
 @asynccontextmanager
 async def serving(engines: list[MockProcess], **tree: Any) -> AsyncIterator[Service]:
-    engine = {"telemetry_s": 0.1, "probe_timeout_s": 1.0, "chunk_timeout_s": 5.0, "patience_s": 3.0}
+    engine = {"telemetry_s": 0.1, "probe_timeout_s": 5.0, "chunk_timeout_s": 5.0, "patience_s": 3.0}
     async with Service(resolve({"engine": engine} | tree), [each.url for each in engines]) as service:
         yield service
 

@@ -105,7 +105,7 @@ async def trainer(engines: list[MockProcess], **engine: Any) -> AsyncIterator[Tr
         each.launch()
     for each in engines:
         await asyncio.to_thread(each.wait_ready)
-    engine = {"telemetry_s": 0.1, "probe_timeout_s": 1.0, "chunk_timeout_s": 20.0, "patience_s": 3.0} | engine
+    engine = {"telemetry_s": 0.1, "probe_timeout_s": 5.0, "chunk_timeout_s": 20.0, "patience_s": 3.0} | engine
     async with Service(resolve({"engine": engine}), [each.url for each in engines]) as service:
         control = Control(service)
         app = web.Application(middlewares=[errors])
