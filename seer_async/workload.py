@@ -45,7 +45,8 @@ class _Timed(msgspec.Struct):
     finished: float
 
 
-class _Finished(msgspec.Struct):
+class _Written(msgspec.Struct):
+    finish_reason: str
     timings: _Timed
     token_ids: list[int]
 
@@ -60,14 +61,17 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def outcome(samples: Path, started: float) -> Outcome:
-    """Judge a samples.jsonl whose first call left at `started`, Unix seconds."""
+    """Judge a samples.jsonl whose first call left at `started`, Unix seconds; only whole responses count."""
     with samples.open("rb") as file:
-        finished = [msgspec.json.decode(line, type=_Finished) for line in file]
-    times = [sample.timings.finished - started for sample in finished]
-    tokens = sum(len(sample.token_ids) for sample in finished)
-    return Outcome(
-        seconds=max(times), tokens=tokens, throughput=tokens / max(times), tail_s=max(times) - tail_start(times)
-    )
+        written = [msgspec.json.decode(line, type=_Written) for line in file]
+    whole = [sample for sample in written if sample.finish_reason not in {"unfinished", "error"}]
+    return judged([s.timings.finished - started for s in whole], sum(len(s.token_ids) for s in whole))
+
+
+def judged(times: Sequence[float], tokens: int) -> Outcome:
+    """The outcome of responses that finished at `times`, seconds from the start, with so many tokens together."""
+    seconds = max(times)
+    return Outcome(seconds=seconds, tokens=tokens, throughput=tokens / seconds, tail_s=seconds - tail_start(times))
 
 
 def tail_start(times: Iterable[float]) -> float:

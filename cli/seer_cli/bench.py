@@ -6,46 +6,34 @@ interleaved, medians and ratios are quoted. `bench core` measures what the orche
 
 from __future__ import annotations
 
-import asyncio
-import statistics
 import tempfile
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import msgspec
 import typer
 import uvloop
 from rich.console import Console
-from rich.table import Table
 
 from seer_async.config import Config, resolve
 from seer_async.dataset import default_dataset, read_dataset
-from seer_async.errors import UsageError
-from seer_async.policies import find_policy
-from seer_async.rollout import Rollout, open_fleet
-from seer_async.runfolder import RunFolder
-from seer_async.workload import Outcome, heavy_tailed_lengths, outcome
+from seer_async.rollout import open_fleet
 from seer_cli.display import make_display
 from seer_cli.draftbench import index, replay
 from seer_cli.draftserver import bench_draft_server
 from seer_cli.engines import local_spec
+from seer_cli.fleetbench import fleet
 from seer_cli.kvbench import Figures, measure_pool
 from seer_cli.load import measure_core
 from seer_cli.output import print_json
 from seer_cli.rollout import engine_urls
 from seer_cli.servebench import measure_serve
 
-if TYPE_CHECKING:
-    from seer_async.rollout import Fleet
-    from seer_async.types import Prompt
-
 bench = typer.Typer(help="Measure policies on a live fleet, and the orchestrator itself.", no_args_is_help=True)
 bench.command("draft-server")(bench_draft_server)
+bench.command("fleet")(fleet)
 bench.command("index")(index)
 bench.command("replay")(replay)
-
-_NO_POOL = "-pool"  # after a policy's name
 
 _Servers = Annotated[
     list[str] | None,
@@ -54,161 +42,6 @@ _Servers = Annotated[
     ),
 ]
 _Engines = Annotated[int, typer.Option("--engines", help="Local engines to start.")]
-
-
-class _Run(msgspec.Struct, frozen=True, kw_only=True):
-    contender: str
-    outcome: Outcome
-    preemptions: int
-    migrations: int
-    prefilled: int
-    pooled: int
-    samples: int
-    failed: int
-
-
-@bench.command("fleet")
-def fleet(
-    *,
-    policy: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Policies to compare; repeatable, the first is the baseline. `NAME-pool` leaves the KV pool unused. "
-            "[default: group-round-robin, seer-pool, seer]",
-        ),
-    ] = None,
-    groups: Annotated[int, typer.Option(min=1, help="Prompts.")] = 16,
-    n: Annotated[int, typer.Option("-n", min=1, help="Responses to each.")] = 8,
-    mean: Annotated[float, typer.Option(help="Mean forced length, tokens.")] = 160.0,
-    longest: Annotated[int, typer.Option(help="Longest forced length, tokens.")] = 512,
-    chunk_size: Annotated[int, typer.Option(help="Tokens of a chunk.")] = 64,
-    repeats: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 2,
-    kv_blocks: Annotated[
-        int, typer.Option(min=0, help="KV blocks of 32 tokens in each local engine: few make KV scarce, 0 is ample.")
-    ] = 96,
-    kv_pool: Annotated[str, typer.Option(help="KV pool of the local engines: shm, mooncake or none.")] = "shm",
-    draft: Annotated[str, typer.Option(help="How the local engines draft: grouped, suffix, ngram or none.")] = "none",
-    server: _Servers = None,
-    engines: _Engines = 2,
-    seed: Annotated[int, typer.Option(help="Seeds the lengths.")] = 0,
-    json: Annotated[bool, typer.Option("--json", help="Print every run as JSON on stdout.")] = False,
-) -> None:
-    """Compare policies on one live fleet with the same forced lengths, interleaved."""
-    pooled = [] if kv_pool == "none" else ["seer-pool"]
-    policies = policy or ["group-round-robin", *pooled, "seer"]
-    for name in policies:
-        find_policy(name.removesuffix(_NO_POOL))
-    prompts = read_dataset(default_dataset(), groups)
-    if len(prompts) < groups:
-        raise UsageError(f"--groups can be at most {len(prompts)}, the prompts that ship with Seer")
-    lengths = heavy_tailed_lengths([p.id for p in prompts], n, mean=mean, longest=longest, seed=seed)
-    config = {
-        "rollout": {"n": n, "chunk_size": chunk_size},
-        "sampling": {"max_tokens": longest, "seed": seed},
-        "fleet": {
-            "servers": server or [],
-            "engines": engines,
-            "kv_blocks": kv_blocks or None,
-            "kv_pool": kv_pool,
-            "draft": draft,
-        },
-        "output": {"trace": False},
-    }
-    runs = uvloop.run(_compare(config, policies, prompts, lengths, repeats))
-    if json:
-        print_json({"runs": msgspec.to_builtins(runs)})
-    else:
-        Console().print(_table(runs, policies))
-
-
-async def _compare(
-    tree: dict[str, Any], policies: list[str], prompts: list[Prompt], lengths: dict[str, int], repeats: int
-) -> list[_Run]:
-    display = make_display("plain")
-    base = resolve(tree)
-    runs: list[_Run] = []
-    with tempfile.TemporaryDirectory() as scratch, display:
-        table = Path(scratch) / "lengths.jsonl"
-        table.write_bytes(b"".join(msgspec.json.encode({"id": i, "length": v}) + b"\n" for i, v in lengths.items()))
-        async with engine_urls(base, Path(scratch), display) as urls, open_fleet(base, urls) as engines:
-            await engines.attach()
-            tokenised = await engines.tokenise(prompts)
-            for round_ in range(repeats):
-                for name in policies[round_ % len(policies) :] + policies[: round_ % len(policies)]:
-                    config = resolve(tree, _contender(name, table))
-                    runs.append(await _one(name, config, engines, tokenised, Path(scratch) / f"{round_}-{name}"))
-                    display.phase(_line(runs[-1]))
-    return runs
-
-
-def _contender(name: str, lengths: Path) -> dict[str, Any]:
-    policy = name.removesuffix(_NO_POOL)
-    return {
-        "scheduler": {"policy": policy, "lengths": str(lengths), "force_lengths": True},
-        "engine": {"kv_pool": policy == name},
-    }
-
-
-async def _one(name: str, config: Config, fleet: Fleet, prompts: list[Prompt], path: Path) -> _Run:
-    before = [await client.stats(timeout_s=30) for client in fleet.clients.values()]
-    folder = RunFolder.create(path, config, prompts, dataset="bench", command=[])
-    started = time.time()
-    try:
-        result = await Rollout(folder, fleet, None).run()
-    finally:
-        folder.close()
-    await asyncio.sleep(1.0)  # let the engines' counters settle
-    after = [await client.stats(timeout_s=30) for client in fleet.clients.values()]
-
-    def grown(what: str) -> int:
-        return sum(getattr(b, what) - getattr(a, what) for a, b in zip(before, after, strict=True))
-
-    return _Run(
-        contender=name,
-        outcome=outcome(path / "samples.jsonl", started),
-        preemptions=grown("preemptions"),
-        prefilled=grown("prefilled_tokens"),
-        pooled=grown("pooled_tokens"),
-        migrations=result.snapshot.migrations,
-        samples=result.snapshot.done,
-        failed=result.snapshot.failed,
-    )
-
-
-def _line(run: _Run) -> str:
-    o = run.outcome
-    return (
-        f"{run.contender}: {o.throughput:.0f} tokens/s, {o.seconds:.1f} s, tail {o.tail_s:.1f} s, "
-        f"{run.preemptions} preemptions, {run.migrations} migrations, {run.prefilled} tokens prefilled, "
-        f"{run.pooled} from the pool, "
-        f"{run.samples} samples, {run.failed} failed"
-    )
-
-
-def _table(runs: list[_Run], policies: list[str]) -> Table:
-    """Medians over the rounds; ratios to the first policy, round by round."""
-    table = Table(
-        title=f"medians of {len(runs) // len(policies)} interleaved rounds; ratios to {policies[0]} in brackets"
-    )
-    for column in ("policy", "tokens/s", "seconds", "tail s", "preemptions", "migrations", "prefilled", "pooled"):
-        table.add_column(column, justify="left" if column == "policy" else "right")
-    base = [run.outcome for run in runs if run.contender == policies[0]]
-    for name in policies:
-        mine = [run for run in runs if run.contender == name]
-        outcomes = [run.outcome for run in mine]
-        speed = statistics.median(a.throughput / b.throughput for a, b in zip(outcomes, base, strict=True))
-        tail = statistics.median(a.tail_s / max(b.tail_s, 1e-9) for a, b in zip(outcomes, base, strict=True))
-        table.add_row(
-            name,
-            f"{statistics.median(o.throughput for o in outcomes):.0f} ({speed:.2f})",
-            f"{statistics.median(o.seconds for o in outcomes):.1f}",
-            f"{statistics.median(o.tail_s for o in outcomes):.1f} ({tail:.2f})",
-            f"{statistics.median(run.preemptions for run in mine):.0f}",
-            f"{statistics.median(run.migrations for run in mine):.0f}",
-            f"{statistics.median(run.prefilled for run in mine):.0f}",
-            f"{statistics.median(run.pooled for run in mine):.0f}",
-        )
-    return table
 
 
 @bench.command("kv")

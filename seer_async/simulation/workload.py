@@ -120,11 +120,33 @@ def _scaled(ratios: NDArray[np.float64], mean: float, limit: int) -> NDArray[np.
     return np.clip(np.rint(ratios * high), 1, limit).astype(np.int64)
 
 
-class _Line(msgspec.Struct):
+class Response(msgspec.Struct):
+    """A finished response of a recorded run."""
+
     group: str
     token_ids: list[int]
     prompt_token_ids: list[int]
     finish_reason: str
+
+
+def responses(path: Path) -> Iterator[Response]:
+    """The finished responses of a recorded run folder.
+
+    Raises:
+        UsageError: There is no readable samples.jsonl with finished responses.
+    """
+    some = False
+    try:
+        with (path / "samples.jsonl").open("rb") as file:
+            for text in file:
+                line = msgspec.json.decode(text, type=Response)
+                if line.finish_reason in {"stop", "length"} and line.token_ids:
+                    some = True
+                    yield line
+    except (OSError, msgspec.DecodeError) as error:
+        raise UsageError(f"cannot read the samples of {path}: {error}; give the folder of a finished run") from error
+    if not some:
+        raise UsageError(f"{path} holds no finished sample; give the folder of a finished run")
 
 
 def recorded(path: Path, limit: int | None = None) -> Workload:
@@ -135,17 +157,9 @@ def recorded(path: Path, limit: int | None = None) -> Workload:
     """
     lengths: dict[str, list[int]] = defaultdict(list)
     prompts: dict[str, int] = {}
-    try:
-        with (path / "samples.jsonl").open("rb") as file:
-            for text in file:
-                line = msgspec.json.decode(text, type=_Line)
-                if line.finish_reason in {"stop", "length"} and line.token_ids:
-                    lengths[line.group].append(len(line.token_ids))
-                    prompts[line.group] = len(line.prompt_token_ids)
-    except (OSError, msgspec.DecodeError) as error:
-        raise UsageError(f"cannot read the samples of {path}: {error}; give the folder of a finished run") from error
-    if not lengths:
-        raise UsageError(f"{path} holds no finished sample; give the folder of a finished run")
+    for response in responses(path):
+        lengths[response.group].append(len(response.token_ids))
+        prompts[response.group] = len(response.prompt_token_ids)
     return Workload(
         name=path.name,
         limit=limit or max(max(row) for row in lengths.values()),

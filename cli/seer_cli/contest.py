@@ -1,0 +1,252 @@
+"""Contenders on live engines: the same responses of the same forced lengths, in turn, round after round.
+
+Engines that draft in different ways are different fleets. All are up from the beginning and one is used at a time, so
+contenders can be interleaved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from seer_async.config import resolve
+from seer_async.policies import find_policy
+from seer_async.rollout import Rollout, open_fleet
+from seer_async.runfolder import RunFolder
+from seer_async.simulation.contender import parse_contender
+from seer_async.types import Prompt
+from seer_async.wire import CallSpec
+from seer_async.workload import Outcome, judged, outcome
+from seer_cli.rollout import engine_urls
+from seer_cli.router import require_router, routed
+from seer_cli.watch import Watch
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Mapping, Sequence
+    from pathlib import Path
+
+    from seer_async.rollout import Fleet
+    from seer_async.types import EngineInfo
+    from seer_cli.display import Display
+
+ROUTER = "vllm-router"
+NO_DRAFTS = "none"
+_SOLO_TOKENS, _SOLO_TURNS = 64, 3
+_CALL_S = 600.0
+_OVER_ISSUE = 2.0
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """A contender as written, read: `router` is a policy of vllm-router, or None; `draft` is of the engines."""
+
+    name: str
+    policy: str
+    pool: bool = False
+    draft: str = NO_DRAFTS
+    router: str | None = None
+
+
+def parse_entry(text: str) -> Entry:
+    """Read `POLICY[+pool][+grouped|+suffix]` or `vllm-router:POLICY`.
+
+    Raises:
+        UsageError: A feature is unknown, or vllm-router is not installed.
+        ConfigError: The policy is unknown.
+    """
+    kind, _, policy = text.partition(":")
+    if kind == ROUTER:
+        require_router()
+        return Entry(text, ROUTER, router=policy or "power_of_two")
+    read = parse_contender(text)
+    return Entry(text, read.policy, read.pool, read.draft or NO_DRAFTS)
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True):
+    """One contender in one round.
+
+    `idle` is by engine: the share of the time in which it ran nothing. `peak_rate` is the most tokens a second that the
+    fleet generated in five seconds. `accepted` is the mean number of draft tokens accepted by a step that had a draft.
+    """
+
+    contender: str
+    round: int
+    outcome: Outcome
+    idle: dict[str, float]
+    peak_rate: float
+    preemptions: int
+    migrations: int
+    prefilled: int
+    pooled: int
+    accepted: float | None
+    failed: int
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    """All runs.
+
+    `bound_s`: seconds that no run without drafts can beat (all work at the fleet's peak rate, or the longest alone).
+    """
+
+    runs: list[Run]
+    solo_step_s: float
+    bound_s: float
+
+
+class Work(msgspec.Struct, frozen=True, kw_only=True):
+    """What every contender does: `n` responses to each prompt, of the given lengths by request id.
+
+    `spare` are more prompts, with lengths too, for a policy that issues more than is needed and stops early.
+    """
+
+    prompts: list[Prompt]
+    spare: list[Prompt]
+    n: int
+    lengths: dict[str, int]
+
+    def issued(self, *, unbiased: bool) -> list[Prompt]:
+        """The prompts that are sent."""
+        return self.prompts if unbiased else self.prompts + self.spare
+
+    @property
+    def needed(self) -> dict[str, int]:
+        """Lengths of what is needed."""
+        return {f"{p.id}/{i}": self.lengths[f"{p.id}/{i}"] for p in self.prompts for i in range(self.n)}
+
+
+class Contest:
+    """Contenders, fleets by the way their engines draft, and a folder for what the runs leave."""
+
+    def __init__(self, tree: dict[str, Any], servers: Mapping[str, list[str]], scratch: Path, display: Display) -> None:
+        self._tree = tree
+        self._servers = servers
+        self._scratch = scratch
+        self._display = display
+        self._table = scratch / "lengths.jsonl"
+
+    async def run(self, entries: Sequence[Entry], work: Work, rounds: int) -> Result:
+        """Interleaved: every round begins with another contender."""
+        self._table.write_bytes(
+            b"".join(msgspec.json.encode({"id": i, "length": v}) + b"\n" for i, v in work.lengths.items())
+        )
+        runs: list[Run] = []
+        async with self._fleets(entries) as fleets:
+            plain = next(iter(fleets.values()))
+            prompts = await plain.tokenise(work.prompts + work.spare)
+            count = len(work.prompts)
+            work = msgspec.structs.replace(work, prompts=prompts[:count], spare=prompts[count:])
+            solo = await _solo_step(plain)
+            for number in range(rounds):
+                first = number % len(entries)
+                for entry in [*entries[first:], *entries[:first]]:
+                    runs.append(await self._one(entry, number, fleets[entry.draft], work))
+                    self._display.phase(told(runs[-1]))
+        return Result(runs=runs, solo_step_s=solo, bound_s=_bound(runs, entries, work, solo))
+
+    @contextlib.asynccontextmanager
+    async def _fleets(self, entries: Sequence[Entry]) -> AsyncIterator[dict[str, Fleet]]:
+        async with contextlib.AsyncExitStack() as stack:
+            fleets: dict[str, Fleet] = {}
+            for kind in sorted({entry.draft for entry in entries}, key=lambda kind: kind != NO_DRAFTS):
+                config = resolve(self._tree, {"fleet": {"draft": kind, "servers": self._servers.get(kind, [])}})
+                folder = self._scratch / f"fleet-{kind}"
+                folder.mkdir()
+                urls = await stack.enter_async_context(engine_urls(config, folder, self._display))
+                fleets[kind] = await stack.enter_async_context(open_fleet(config, urls))
+                await fleets[kind].attach()
+            yield fleets
+
+    async def _one(self, entry: Entry, number: int, fleet: Fleet, work: Work) -> Run:
+        path = self._scratch / f"{number}-{entry.name.replace(':', '-')}"
+        watch = Watch(fleet.clients)
+        started = time.time()
+        if entry.router:
+            async with watch:
+                started = time.time()
+                urls = [client.url for client in fleet.clients.values()]
+                log = path.with_suffix(".log")
+                ends = await routed(urls, entry.router, log, fleet.info.model, work)
+            judgement = judged([end - started for end in ends], sum(work.needed.values()))
+            migrations = failed = 0
+        else:
+            migrations, failed = await self._roll(entry, path, fleet, work, watch)
+            judgement = outcome(path / "samples.jsonl", started)
+        verified, accepted = watch.drafted()
+        return Run(
+            contender=entry.name,
+            round=number,
+            outcome=judgement,
+            idle=watch.idle(started, started + judgement.seconds),
+            peak_rate=watch.peak_rate(),
+            preemptions=watch.grown("preemptions"),
+            migrations=migrations,
+            prefilled=watch.grown("prefilled_tokens"),
+            pooled=watch.grown("pooled_tokens"),
+            accepted=accepted / verified if verified else None,
+            failed=failed,
+        )
+
+    async def _roll(self, entry: Entry, path: Path, fleet: Fleet, work: Work, watch: Watch) -> tuple[int, int]:
+        """Sample through our own core; returns moves and failed samples."""
+        prompts = work.issued(unbiased=find_policy(entry.policy).unbiased)
+        scheduler = {"policy": entry.policy, "lengths": str(self._table), "force_lengths": True}
+        chosen = {"scheduler": scheduler | {"over_issue": _OVER_ISSUE}, "engine": {"kv_pool": entry.pool}}
+        config = resolve(self._tree, chosen)
+        folder = RunFolder.create(path, config, prompts, dataset="bench", command=[])
+        try:
+            async with watch:
+                result = await Rollout(folder, fleet, None).run()
+        finally:
+            folder.close()
+        return result.snapshot.migrations, result.snapshot.failed
+
+
+def told(run: Run) -> str:
+    """A run in one line."""
+    o = run.outcome
+    idle = ", ".join(f"{share:.0%}" for share in run.idle.values())
+    return (
+        f"{run.contender}: {o.throughput:.0f} tokens/s, {o.seconds:.1f} s, tail {o.tail_s:.1f} s, idle {idle}, "
+        f"{run.preemptions} preemptions, {run.migrations} moves, {run.prefilled} tokens prefilled, {run.pooled} from "
+        f"the pool, {run.failed} failed"
+    )
+
+
+def _bound(runs: Sequence[Run], entries: Sequence[Entry], work: Work, solo_step_s: float) -> float:
+    plain = {entry.name for entry in entries if entry.draft == NO_DRAFTS}
+    peak = max((run.peak_rate for run in runs if run.contender in plain), default=0.0)
+    alone = max(work.needed.values()) * solo_step_s
+    return max(sum(work.needed.values()) / peak, alone) if peak else alone
+
+
+async def _solo_step(fleet: Fleet) -> float:
+    """Seconds a token takes when an engine has nothing else to do; the median of a few turns."""
+    client = fleet.clients[next(iter(fleet.attached))]
+    info = fleet.attached[next(iter(fleet.attached))]
+    took = []
+    for turn in range(_SOLO_TURNS):
+        spent = {}
+        for tokens in (1, 1 + _SOLO_TOKENS):
+            start = time.perf_counter()
+            await client.generate(_alone(info, f"{turn}-{tokens}", tokens), info, timeout_s=_CALL_S)
+            spent[tokens] = time.perf_counter() - start
+        took.append((spent[1 + _SOLO_TOKENS] - spent[1]) / _SOLO_TOKENS)
+    return statistics.median(took)
+
+
+def _alone(info: EngineInfo, name: str, tokens: int) -> CallSpec:
+    params = {"max_tokens": tokens, "temperature": 1.0, "logprobs": 0, "ignore_eos": True}
+    return CallSpec(
+        request_id=f"bench-{name}",
+        model=info.model,
+        prefix=[1, 2, 3],
+        params=params | {"extra_args": {"seer_prompt_len": 3}},
+        cache_salt=f"bench-{name}",
+        max_tokens=tokens,
+        vocab_size=info.vocab_size,
+        load=False,
+        save=False,
+    )

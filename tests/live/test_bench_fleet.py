@@ -1,0 +1,78 @@
+"""`seer bench fleet` over mock engines and a real vllm-router: every contender does the same work, and is judged."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import pytest
+from typer.testing import CliRunner
+
+from seer_async.errors import SeerError
+from seer_async.workload import heavy_tailed_lengths
+from seer_cli.contest import parse_entry
+from seer_cli.main import app
+from tests.live.engines import mock_engines
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.live.engines import MockProcess
+
+GROUPS, N = 6, 4
+ENGINE = ["--step-ms", "2", "--max-num-seqs", "8"]
+
+
+def bench(engines: list[MockProcess], *options: str) -> Any:
+    servers = [word for engine in engines for word in ("--server", engine.url)]
+    done = CliRunner().invoke(app, ["bench", "fleet", *servers, *options, "--json"])
+    assert done.exit_code == 0, done.output
+    return msgspec.json.decode(done.stdout)
+
+
+@pytest.mark.timeout(180)
+def test_contenders_do_the_same_work(tmp_path: Path) -> None:
+    names = ["group-round-robin", "vllm-router:power_of_two", "vllm-router:consistent_hash", "seer", "oracle"]
+    options = [word for name in names for word in ("-c", name)]
+    sizes = ["--groups", str(GROUPS), "-n", str(N), "--mean", "60", "--longest", "200", "--repeats", "2"]
+    with mock_engines(ENGINE, ENGINE) as engines:
+        result = bench(engines, *options, *sizes, "--out", str(tmp_path / "result.json"))
+
+    assert msgspec.json.decode((tmp_path / "result.json").read_bytes()) == result
+    runs = result["runs"]
+    assert [run["contender"] for run in runs] == names + names[1:] + names[:1]  # another begins every round
+    assert len({run["outcome"]["tokens"] for run in runs}) == 1
+    for run in runs:
+        assert run["failed"] == 0
+        assert 0 < run["outcome"]["tail_s"] < run["outcome"]["seconds"]
+        assert run["outcome"]["throughput"] == pytest.approx(run["outcome"]["tokens"] / run["outcome"]["seconds"])
+        assert all(0 <= share <= 1 for share in run["idle"].values())
+        assert run["prefilled"] > 0
+    assert {run["migrations"] for run in runs if run["contender"] == "group-round-robin"} == {0}
+    assert result["solo_step_s"] > 0.002
+
+
+@pytest.mark.timeout(120)
+def test_lengths_of_a_recorded_run(tmp_path: Path) -> None:
+    lengths = heavy_tailed_lengths([f"g{i}" for i in range(GROUPS)], N, mean=40, longest=90, seed=3)
+    lines = [
+        {"group": name.split("/")[0], "token_ids": [5] * length, "prompt_token_ids": [7] * 9, "finish_reason": "stop"}
+        for name, length in lengths.items()
+    ]
+    (tmp_path / "samples.jsonl").write_bytes(b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
+    with mock_engines(ENGINE) as engines:
+        result = bench(engines, "-c", "seer", "--trace", str(tmp_path), "-n", str(N), "--repeats", "1")
+    assert result["runs"][0]["outcome"]["tokens"] == sum(lengths.values())
+
+
+def test_what_cannot_be_compared() -> None:
+    assert parse_entry("seer+pool+grouped").draft == "grouped"
+    assert parse_entry("vllm-router:round_robin").router == "round_robin"
+    for options, said in (
+        (["-c", "seer+magic"], "magic"),
+        (["-c", "seer+grouped", "--server", "http://127.0.0.1:1"], "--server KIND=URL"),
+        (["-c", "seer", "--groups", "10000"], "--groups"),
+        (["-c", "seer", "--trace", "/nowhere"], "/nowhere"),
+    ):
+        with pytest.raises(SeerError, match=said):
+            CliRunner().invoke(app, ["bench", "fleet", *options], catch_exceptions=False)
