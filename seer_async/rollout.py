@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 _TOKENIZE_AT_ONCE = 32
 _ASK_AGAIN_S = 0.1
 _TOKENIZE_TIMEOUT_S = 60.0
+_TOKENIZER_TIMEOUT_S = 10.0  # of one engine: one that hangs must not use up the time of the others
 _FLUSH_S = 10.0
 
 
@@ -154,7 +155,7 @@ class Fleet:
         """What the first engine says that answers: any may have died since, and come back."""
         for name in itertools.cycle(self.attached):
             with suppress(EngineError):
-                return await self.clients[name].tokenizer_json(timeout_s=_TOKENIZE_TIMEOUT_S)
+                return await self.clients[name].tokenizer_json(timeout_s=_TOKENIZER_TIMEOUT_S)
             await asyncio.sleep(_ASK_AGAIN_S)
         return None
 

@@ -118,7 +118,7 @@ FORGERIES = {"duplicate-reply"}
 @pytest.mark.parametrize("fault", sorted(DESCRIPTIONS.keys() - FORGERIES))
 async def test_a_hostile_engine_spoils_nothing(pair: list[MockProcess], tmp_path: Path, fault: str) -> None:
     """One engine misbehaves in half of its replies; the run still ends with the right samples."""
-    tree = TREE | {"engine": {"telemetry_s": 0.2, "probe_timeout_s": 1.0, "chunk_timeout_s": 1.5}}
+    tree = TREE | {"engine": {"telemetry_s": 0.2, "probe_timeout_s": 5.0, "chunk_timeout_s": 1.5}}
     async with httpx.AsyncClient() as client:
         turn = asyncio.create_task(_turn_hostile(client, pair[1].url, fault))  # after it was attached
         result = await asyncio.wait_for(roll(tmp_path / "run", [e.url for e in pair], prompts(6), tree), 90)

@@ -24,7 +24,7 @@ COMPLETIONS, CHAT, GENERATE = "/v1/completions", "/v1/chat/completions", "/infer
 MESSAGES = [{"role": "user", "content": "Say it"}]
 
 _QUICK: dict[str, Any] = {
-    "engine": {"telemetry_s": 0.1, "probe_timeout_s": 5.0, "chunk_timeout_s": 5.0, "patience_s": 3.0},
+    "engine": {"telemetry_s": 0.1, "probe_timeout_s": 5.0, "chunk_timeout_s": 5.0, "patience_s": 15.0},
     "rollout": {"chunk_size": 16},
     "serve": {"port": 0, "stream_chunk_size": 8, "shutdown_s": 5.0},
 }
