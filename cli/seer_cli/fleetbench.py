@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import typer
 import uvloop
-from rich.console import Console
 from rich.table import Table
 
 from seer_async.dataset import default_dataset, read_dataset
@@ -21,7 +20,7 @@ from seer_async.types import Prompt
 from seer_async.workload import heavy_tailed_lengths
 from seer_cli.contest import NO_DRAFTS, Contest, Entry, Result, Run, Work, parse_entry
 from seer_cli.display import make_display
-from seer_cli.output import print_json
+from seer_cli.output import print_json, print_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -118,8 +117,7 @@ def fleet(
     if json:
         print_json(record)
     else:
-        console = Console()
-        (console if console.is_terminal else Console(width=_WIDTH)).print(_table(result, entries))
+        print_table(_table(result, entries), width=_WIDTH)
 
 
 def _generated(groups: int, n: int, *, mean: float, longest: int, correlation: float, seed: int) -> Work:

@@ -8,17 +8,25 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import typer
+from rich.console import Console
 
 from seer_async.errors import SeerError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from rich.table import Table
+
 
 def print_json(value: Mapping[str, Any]) -> None:
     """Write one object, on one line."""
     sys.stdout.buffer.write(msgspec.json.encode(value) + b"\n")
     sys.stdout.buffer.flush()
+
+
+def print_table(table: Table, *, width: int) -> None:
+    """Write a table on stdout, that wide where stdout is no terminal with a width of its own."""
+    Console(width=None if sys.stdout.isatty() else width).print(table)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.util
+import os
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ import aiohttp
 from seer_async.engine import engine_session
 from seer_async.errors import FleetError, UsageError
 from seer_servers.fleet import free_ports
+from seer_servers.process import Process
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -80,31 +82,24 @@ async def router(urls: Sequence[str], policy: str, log: Path) -> AsyncIterator[s
     options += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics)]
     options += ["--request-timeout-secs", f"{_CALL_S:.0f}", "--log-level", "error"]
     command = [sys.executable, "-m", "vllm_router.launch_router", *options]
-    with log.open("wb") as output:
-        process = await asyncio.create_subprocess_exec(*command, stdout=output, stderr=output)
-        url = f"http://127.0.0.1:{port}"
-        try:
-            if not await _ready(url, process):
-                raise FleetError(f"vllm-router does not start: {_last_words(log)}")
-            yield url
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
+    process = await Process.start(command, os.environ, log)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        if not await _ready(url, process):
+            raise FleetError(f"vllm-router does not start: {process.last_words()}")
+        yield url
+    finally:
+        process.kill()
+        await process.wait()
 
 
-async def _ready(url: str, process: asyncio.subprocess.Process) -> bool:
+async def _ready(url: str, process: Process) -> bool:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_START_S), aiohttp.ClientSession() as session:
-            while process.returncode is None:
+            while process.alive:
                 with contextlib.suppress(aiohttp.ClientError):
                     async with session.get(f"{url}/health") as response:
                         if response.ok:
                             return True
                 await asyncio.sleep(_POLL_S)
     return False
-
-
-def _last_words(log: Path) -> str:
-    said = log.read_text(errors="replace").strip().splitlines()
-    return said[-1] if said else "it says nothing"

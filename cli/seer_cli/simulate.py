@@ -5,13 +5,11 @@ The core, the policies and the placement are those of live runs; engines are a c
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from seer_async.errors import StorageError, UsageError
@@ -21,7 +19,7 @@ from seer_async.simulation.presets import SETTINGS, setting
 from seer_async.simulation.run import Setup
 from seer_async.simulation.studies import STUDIES, scaled, study
 from seer_async.simulation.workload import recorded
-from seer_cli.output import machine_errors, print_json
+from seer_cli.output import machine_errors, print_json, print_table
 from seer_cli.process import calm_gc
 
 if TYPE_CHECKING:
@@ -126,7 +124,7 @@ def simulate(
         if json:
             print_json(value)
         else:
-            Console(width=None if sys.stdout.isatty() else _WIDTH).print(table)
+            print_table(table, width=_WIDTH)
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -59,14 +59,10 @@ class Watch:
 
     def drafted(self) -> tuple[int, int]:
         """How many steps verified a draft in the block, and how many draft tokens they accepted."""
-        ends = [[s.drafts for s in reading.values() if s.drafts] for reading in (self._readings[0][1], self.last)]
+        readings = (self._readings[0][1], self._readings[-1][1])
+        ends = [[stats.drafts for stats in reading.values() if stats.drafts] for reading in readings]
         verified, accepted = ([sum(getattr(d, name) for d in end) for end in ends] for name in ("verified", "accepted"))
         return verified[1] - verified[0], accepted[1] - accepted[0]
-
-    @property
-    def last(self) -> dict[str, EngineStats]:
-        """The last reading."""
-        return self._readings[-1][1]
 
     def idle(self, start: float, end: float) -> dict[str, float]:
         """The share of the time from `start` to `end`, Unix seconds, in which an engine ran nothing, by engine."""
