@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from seer_async.drafting.duel import Duel
+from seer_async.drafting.duel import Duel, Duels
 from seer_servers.plugin.patching import Function, Patch
 
 FEW_PREFILLED = 8  # one token in so many may be of a prompt
@@ -24,7 +24,7 @@ class Switch:
 
     def __init__(self, most: int, step_tokens: int) -> None:
         self._most, self._step_tokens = most, step_tokens
-        self._duels: dict[int, Duel] = {}
+        self._duels = Duels()
         self._last: tuple[float, frozenset[str]] = (0.0, frozenset())
 
     def __getitem__(self, requests: int) -> int:
@@ -35,10 +35,7 @@ class Switch:
 
     def duel(self, requests: int) -> Duel:
         """The duel at this batch size."""
-        size = (requests - 1).bit_length()
-        if size not in self._duels:
-            self._duels[size] = Duel(requests)
-        return self._duels[size]
+        return self._duels.at(requests)
 
     def ended(self, requests: Collection[str], *, drafted: int, scheduled: int, sampled: int, now: float) -> None:
         """Count a step that ended at `now` [s]: tokens drafted for it, scheduled in it and sampled by it."""
