@@ -6,7 +6,7 @@ without speculation. Steps that mainly prefill, and the time an engine is idle, 
 """
 
 import time
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -25,7 +25,7 @@ class Switch:
     def __init__(self, most: int, step_tokens: int) -> None:
         self._most, self._step_tokens = most, step_tokens
         self._duels = Duels()
-        self._last: tuple[float, frozenset[str]] = (0.0, frozenset())
+        self._last: tuple[float, Mapping[str, int]] = (0.0, {})
 
     def __getitem__(self, requests: int) -> int:
         """Tokens to draft for each of `requests`."""
@@ -37,11 +37,15 @@ class Switch:
         """The duel at this batch size."""
         return self._duels.at(requests)
 
-    def ended(self, requests: Collection[str], *, drafted: int, scheduled: int, sampled: int, now: float) -> None:
-        """Count a step that ended at `now` [s]: tokens drafted for it, scheduled in it and sampled by it."""
-        (then, before), self._last = self._last, (now, frozenset(requests))
+    def ended(self, requests: Mapping[str, int], *, drafted: int, sampled: int, now: float) -> None:
+        """Count a step that ended at `now` [s]: the tokens of each request, drafted ones among them, and those sampled.
+
+        `requests` is kept until the next step.
+        """
+        (then, before), self._last = self._last, (now, requests)
+        scheduled = sum(requests.values())
         prefilled = scheduled - drafted - len(requests)
-        if sampled and prefilled * FEW_PREFILLED <= scheduled and not before.isdisjoint(requests):
+        if sampled and prefilled * FEW_PREFILLED <= scheduled and not before.keys().isdisjoint(requests):
             self.duel(len(requests)).step(drafted=drafted > 0, wait=now - then, tokens=sampled / len(requests))
 
 
@@ -68,9 +72,8 @@ def _around_update(update: Function) -> Function:
         switch = scheduler.dynamic_sd_lookup
         if isinstance(switch, Switch):
             switch.ended(
-                scheduler_output.num_scheduled_tokens.keys(),
+                scheduler_output.num_scheduled_tokens,
                 drafted=sum(map(len, scheduler_output.scheduled_spec_decode_tokens.values())),
-                scheduled=scheduler_output.total_num_scheduled_tokens,
                 sampled=sum(map(len, model_runner_output.sampled_token_ids or ())),
                 now=time.perf_counter(),
             )
