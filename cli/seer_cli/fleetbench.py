@@ -81,6 +81,10 @@ def fleet(
         ),
     ] = None,
     engines: Annotated[int, typer.Option("--engines", help="Local engines to start, of each kind.")] = 2,
+    model: Annotated[
+        str | None, typer.Option(help="Model folder of the local engines. [default: a small model, fetched once]")
+    ] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Longest sequence of the local engines.")] = None,
     seed: Annotated[int, typer.Option(help="Seeds the lengths of the first round; 1 more for each.")] = 0,
     trace: Annotated[
         Path | None,
@@ -108,7 +112,13 @@ def fleet(
     tree = {
         "rollout": {"n": n, "chunk_size": chunk_size},
         "sampling": {"max_tokens": max(max(work.lengths.values()) for work in rounds), "seed": seed},
-        "fleet": {"engines": engines, "kv_blocks": kv_blocks or None, "kv_pool": kv_pool},
+        "fleet": {
+            "engines": engines,
+            "model": model,
+            "max_model_len": max_model_len,
+            "kv_blocks": kv_blocks or None,
+            "kv_pool": kv_pool,
+        },
         "output": {"trace": False},
     }
     with tempfile.TemporaryDirectory() as scratch, make_display("plain") as display:
