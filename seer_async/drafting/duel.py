@@ -10,7 +10,7 @@ What the losing side of a trial loses is paid from a purse that all batch sizes 
 spent where a loss is large.
 
 Between trials the tokens that drafting brings are watched: where they fall to what would no longer pay, the next trial
-begins at once.
+begins at once. While there is no drafting, a guess of what it would bring (see `outlook`) says whether to try.
 
 Invariants: drafting goes on only where a trial was won, at this batch size or lately at the next larger one (or, with a
 `trusting` start, not yet made); trials cost at most `COST` of the time, beyond the first and as far as a trial's price
@@ -21,6 +21,10 @@ from __future__ import annotations
 
 from math import hypot, sqrt
 from statistics import median
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 SETTLE = 4  # steps under way when sides change, and the first of the new side
 COUNTED = 20  # steps of a block whose time is taken
@@ -33,6 +37,8 @@ MARGIN = 1.02
 COST = 0.005
 FIRST = 32  # steps at a batch size before its first trial
 SHORTEST, LONGEST = 256, 4096  # steps between trials
+NEEDED = 1.15  # tokens of a request and step that pay, before a trial has told
+PROMISING = 1.2  # a guess of so many times what pays is followed even on credit
 
 
 class Purse:
@@ -91,7 +97,8 @@ class Duel:
     """Drafting against not drafting, at a batch size of about `requests`.
 
     Until its first trial, which begins after `rest` steps, it drafts if `trusting` says so, or as `like` does, the duel
-    at the next larger batch size: where drafting pays, it pays in a smaller batch too.
+    at the next larger batch size: where drafting pays, it pays in a smaller batch too. `guess` says how many tokens of
+    a request and step drafting would bring, or None.
     """
 
     def __init__(
@@ -102,11 +109,13 @@ class Duel:
         trusting: bool = False,
         like: Duel | None = None,
         rest: int = FIRST,
+        guess: Callable[[], float | None] = lambda: None,
     ) -> None:
         like = like if like and like.drafting and like._resting else None  # noqa: SLF001 - of this class
         self.drafting = trusting or like is not None
         self.lost = False  # drafting, in the last trial
         self._purse = purse or Purse()
+        self._guess = guess
         self._drafts_counted = max(COUNTED, COUNTED_TOKENS // requests)
         self._luck = LUCK / requests
         self._gains: list[float] = []  # of drafting, pair by pair: 1.1 is a tenth faster
@@ -136,12 +145,20 @@ class Duel:
         elif self.drafting and self._block.steps >= LOOK and self._is_lost:
             self._gains.append(self._gain(self._block))
             self._tried[True] += SETTLE + self._block.steps
+            self._brought = self._block.tokens / self._block.steps
             self._settle_for(drafting=False)
 
     @property
     def _is_due(self) -> bool:
-        taken_on_trust = self.drafting and self._untried
-        return self._block.steps >= self._rest and (self._purse.open or taken_on_trust)
+        if self._block.steps < self._rest:
+            return False
+        if self.drafting:
+            return self._purse.open or self._untried
+        brings = self._guess()
+        if brings is None:
+            return self._purse.open
+        pays = MARGIN * (self._needed or NEEDED)
+        return brings >= PROMISING * pays or (self._purse.open and (brings >= pays or self._block.steps >= LONGEST))
 
     @property
     def _pays_no_more(self) -> bool:
@@ -200,11 +217,13 @@ class Duel:
 class Duels:
     """A duel for each batch size, by powers of two, and the purse of them all.
 
-    With `trusting`, drafting goes on until it has lost a trial; otherwise it begins when it has won one.
+    With `trusting`, drafting goes on until it has lost a trial; otherwise it begins when it has won one. `guess` is the
+    duels'.
     """
 
-    def __init__(self, *, trusting: bool = False) -> None:
+    def __init__(self, *, trusting: bool = False, guess: Callable[[], float | None] = lambda: None) -> None:
         self._trusting = trusting
+        self._guess = guess
         self._purse = Purse()
         self._by_size: dict[int, Duel] = {}
 
@@ -215,6 +234,11 @@ class Duels:
             smaller_lost = any(duel.lost for other, duel in self._by_size.items() if other < size)
             rest = FIRST if self._trusting or not smaller_lost else 4 * SHORTEST  # it pays in a small batch first
             self._by_size[size] = Duel(
-                requests, self._purse, trusting=self._trusting, like=self._by_size.get(size + 1), rest=rest
+                requests,
+                self._purse,
+                trusting=self._trusting,
+                like=self._by_size.get(size + 1),
+                rest=rest,
+                guess=self._guess,
             )
         return self._by_size[size]

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import random
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 from seer_async.drafting.duel import COST, COUNTED, FIRST, LOOK, SETTLE, SHORTEST, Duel, Duels
 
@@ -115,6 +119,33 @@ def test_a_trusting_start_drafts_until_it_has_lost() -> None:
     assert duels.at(1).drafting
     assert play(duels.at(64), 2_000, on=1.2, off=1.0) < 0.1
     assert play(duels.at(8), 2_000, on=0.8, off=1.0) > 0.9
+
+
+class TestGuess:
+    def test_it_is_not_tried_where_it_would_not_pay(self) -> None:
+        assert play(Duel(8, guess=lambda: 1.05), 4_000, on=1.2, off=1.0) == 0
+
+    def test_it_is_tried_nevertheless_now_and_then(self) -> None:
+        assert play(Duel(8, guess=lambda: 1.05), 10_000, on=0.7, off=1.0) > 0.4
+
+    def test_a_good_one_is_followed_on_credit(self) -> None:
+        """Drafting pays as soon as siblings have spoken; the purse is in debt from a trial before."""
+
+        def drafted(guesses: Callable[[float], float | None]) -> int:
+            now = [1.0]
+            duel, count = Duel(8, guess=lambda: guesses(now[0])), 0
+            for number in range(3_000):
+                now[0] = 1.0 if number < 1_000 else 2.0
+                drafting = duel.drafting
+                count += drafting
+                duel.step(drafted=drafting, wait=1.5 if drafting else 1.0, tokens=now[0] if drafting else 1.0)
+            return count
+
+        assert drafted(lambda brings: brings) > 0.85 * 2_000
+        assert drafted(lambda _: None) < drafted(lambda brings: brings)
+
+    def test_no_guess_is_a_reason_to_wait_for_the_purse_only(self) -> None:
+        assert play(Duel(8, guess=lambda: None), 2_000, on=0.7, off=1.0) > 0.9
 
 
 class TestBatchSizes:

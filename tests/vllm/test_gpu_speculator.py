@@ -26,6 +26,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.model_states import default as model_states
 from vllm.v1.worker.gpu.spec_decode import adaptive_verification
 
+from seer_async.drafting.outlook import Outlook
 from seer_servers.plugin import gpu_drafting, gpu_siblings, gpu_switch, gpu_verification
 from seer_servers.plugin import gpu_kernels as kernels
 from seer_servers.plugin.gpu_siblings import Name, Siblings
@@ -540,6 +541,15 @@ def test_the_switch_turns_when_things_change():
     assert play(switch, 16, 3000, lambda drafting: (0.012, 2.0) if drafting else (0.010, 1.0)) > 1000
 
 
+def test_the_switch_hears_what_drafts_would_bring(monkeypatch):
+    outlook = Outlook()
+    monkeypatch.setattr(gpu_switch, "_heard", [])
+    gpu_switch.listen_to(outlook)
+    outlook.came("a", "g")
+    outlook.heard("a", random.Random(0).choices(range(50_000), k=1000))
+    assert play(gpu_switch.Switch(8, 8192), 4, 3000, lambda drafting: (0.004, 1.0) if drafting else (0.003, 1.0)) == 0
+
+
 def test_batch_sizes_are_told_apart():
     switch = gpu_switch.Switch(8, 8192)
     play(switch, 64, 3000, lambda drafting: (0.012, 1.0) if drafting else (0.010, 1.0))
@@ -624,6 +634,7 @@ def test_tokens_are_handed_on_in_pieces_and_all_of_them(engine):
     handed = []
     speculator = object.__new__(gpu_drafting.GroupedSpeculator)
     speculator.running, speculator.newcomers, speculator.siblings = {}, set(), engine.siblings
+    speculator.outlook = Outlook()
     speculator.client = SimpleNamespace(
         register_group=lambda *_: None,
         update=lambda group, request, before, tokens: handed.append((group, request, before, list(tokens))),
@@ -631,10 +642,12 @@ def test_tokens_are_handed_on_in_pieces_and_all_of_them(engine):
     kinship = {"seer_group": "g", "seer_request": "r"}
     speculator.added("id", 0, [1, 2], [3], kinship)
     for token in range(20):
-        speculator.share("id", [token % VOCABULARY])
+        speculator.sampled({"id": 1, "unknown": 0}, [[9], [token % VOCABULARY]])
     assert len(handed) == 1, "one call of the client is not made for each token"
+    assert speculator.outlook.requests == ["id"]
     speculator.left("id", 0)
-    speculator.share("id", [1])
+    assert speculator.outlook.requests == []
+    speculator.sampled({"id": 0}, [[1]])
     assert [(group, request) for group, request, _, _ in handed] == [("g", "r")] * 2
     assert [before for _, _, before, _ in handed] == [0, len(handed[0][3])]
     assert handed[0][3] + handed[1][3] == [3, *(token % VOCABULARY for token in range(20))]

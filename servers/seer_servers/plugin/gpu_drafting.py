@@ -69,7 +69,9 @@ def patches() -> tuple[Patch, ...]:
 
 def _around_init(_: Function) -> Function:
     def init_speculator(*arguments: Any) -> GroupedSpeculator:
-        return GroupedSpeculator(*arguments)
+        speculator = GroupedSpeculator(*arguments)
+        gpu_switch.listen_to(speculator.outlook)
+        return speculator
 
     return init_speculator
 
@@ -150,9 +152,7 @@ def _around_get_output(get_output: Function) -> Function:
         if speculator is not None:
             if isinstance(verification, GroupedVerification):
                 verification.waited(time.perf_counter() - begin)
-            if speculator.client:
-                for request_id, tokens in zip(result.req_ids, result.sampled_token_ids, strict=True):
-                    speculator.share(request_id, tokens)
+            speculator.sampled(result.req_id_to_index, result.sampled_token_ids)
         return result
 
     return _get_output

@@ -20,6 +20,7 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
+from seer_async.drafting.outlook import Outlook
 from seer_servers.plugin.draft_stats import PUBLISH_S, STATS_ENV, write_page
 from seer_servers.plugin.gpu_kernels import (
     KINDS,
@@ -63,6 +64,7 @@ class GroupedSpeculator(BaseSpeculator):  # type: ignore[misc]  # vLLM has no ty
         self.idle = True  # whether the last step went without drafts
         self.siblings = Siblings(req_states, vllm_config.model_config.get_vocab_size())
         self.running: dict[str, Running] = {}
+        self.outlook = Outlook()
         self.newcomers: set[int] = set()  # slots of whose requests nothing is known yet
         self.client = _client()
         self._match = {"shortest": spec.prompt_lookup_min, "longest": min(spec.prompt_lookup_max, LONGEST_MATCH)}
@@ -178,6 +180,7 @@ class GroupedSpeculator(BaseSpeculator):  # type: ignore[misc]  # vLLM has no ty
         self.siblings.add(slot, running.name, prompt)
         self.newcomers.add(slot)
         self.running[request_id] = running
+        self.outlook.came(request_id, group)
         if self.client:
             self.client.register_group(group, TTL_S)
             self.share(request_id, response)
@@ -185,9 +188,19 @@ class GroupedSpeculator(BaseSpeculator):  # type: ignore[misc]  # vLLM has no ty
     def left(self, request_id: str, slot: int) -> None:
         """A request gives up its slot."""
         running = self.running.pop(request_id, None)
+        self.outlook.left(request_id)
         if running and self.client:
             self._hand_on(running)
         self.siblings.retire(slot)
+
+    def sampled(self, places: dict[str, int], tokens: list[list[int]]) -> None:
+        """Take in what a step has sampled, once the host knows it: each request's place in `tokens`."""
+        for request_id in self.outlook.requests:
+            if (place := places.get(request_id)) is not None:
+                self.outlook.heard(request_id, tokens[place])
+        if self.client:
+            for request_id, place in places.items():
+                self.share(request_id, tokens[place])
 
     def share(self, request_id: str, tokens: list[int]) -> None:
         """Let the other engines know what a request has sampled, if there is enough of it."""

@@ -12,6 +12,7 @@ from typing import Any
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from seer_async.drafting.duel import Duel, Duels
+from seer_async.drafting.outlook import Outlook
 from seer_servers.plugin.patching import Function, Patch
 
 FEW_PREFILLED = 8  # one token in so many may be of a prompt
@@ -19,12 +20,24 @@ FEW_PREFILLED = 8  # one token in so many may be of a prompt
 UPDATE = ("self", "scheduler_output", "model_runner_output")
 
 
+_heard: list[Outlook] = []  # in this process: the worker's, which on one GPU is the scheduler's process too
+
+
+def listen_to(outlook: Outlook) -> None:
+    """Let the switch know what drafts would bring."""
+    _heard[:] = [outlook]
+
+
+def _guess() -> float | None:
+    return _heard[0].brings if _heard else None
+
+
 class Switch:
     """What the scheduler looks up: how many tokens to draft for each request of a batch."""
 
     def __init__(self, most: int, step_tokens: int) -> None:
         self._most, self._step_tokens = most, step_tokens
-        self._duels = Duels()
+        self._duels = Duels(guess=_guess)
         self._last: tuple[float, Mapping[str, int]] = (0.0, {})
 
     def __getitem__(self, requests: int) -> int:
