@@ -101,6 +101,9 @@ class Duel:
     a request and step drafting would bring, or None.
     """
 
+    _resting: bool
+    _needed: float  # tokens of a request and step with drafting: so many, or it would lose
+
     def __init__(
         self,
         requests: int,
@@ -112,7 +115,7 @@ class Duel:
         guess: Callable[[], float | None] = lambda: None,
     ) -> None:
         like = like if like and like.drafting and like._resting else None  # noqa: SLF001 - of this class
-        self.drafting = trusting or like is not None
+        self.drafting: bool = trusting or like is not None
         self.lost = False  # drafting, in the last trial
         self._purse = purse or Purse()
         self._guess = guess
@@ -123,7 +126,7 @@ class Duel:
         self._off: _Block | None = None  # the trial's last block without drafts
         self._tried = {False: 0, True: 0}  # steps of this trial by side
         self._brought = self._recent = 1.0  # tokens of a request and step with drafting: in the trial, lately
-        self._needed = like._needed if like else 0.0  # noqa: SLF001 - so many, or it would lose
+        self._needed = like._needed if like else 0.0  # noqa: SLF001 - as above
         self._resting, self._rest, self._untried = True, rest, True
         self._begin()
 

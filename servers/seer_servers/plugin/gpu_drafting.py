@@ -125,7 +125,7 @@ def _rests(runner: Any) -> bool:
     state = runner.execute_model_state
     if state is None or not isinstance(runner.speculator, GroupedSpeculator):
         return False
-    return state.num_spec_tokens_to_schedule == 0 and state.input_batch.num_draft_tokens == 0
+    return bool(state.num_spec_tokens_to_schedule == 0 and state.input_batch.num_draft_tokens == 0)
 
 
 @contextlib.contextmanager

@@ -153,6 +153,7 @@ class GroupedVerification(AdaptiveVerificationManager):  # type: ignore[misc]  #
     """vLLM's choice of how much to verify, with our confidences and costs."""
 
     _stale_idx: int  # vLLM's own: the page of confidences that the host reads
+    _pending_resets: list[int]  # and the slots whose entries on the other page are of requests that left
 
     def __init__(self, plain: AdaptiveVerificationManager, runner: Any) -> None:
         super().__init__(
