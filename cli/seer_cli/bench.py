@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 import msgspec
 import typer
 import uvloop
-from rich.console import Console
 
 from seer_async.config import Config, resolve
 from seer_async.dataset import default_dataset, read_dataset
@@ -26,7 +25,7 @@ from seer_cli.engines import local_spec
 from seer_cli.fleetbench import fleet
 from seer_cli.kvbench import Figures, measure_pool
 from seer_cli.load import measure_core
-from seer_cli.output import print_json
+from seer_cli.output import print_json, print_table
 from seer_cli.rollout import engine_urls
 from seer_cli.servebench import measure_serve
 
@@ -39,6 +38,7 @@ bench.command("fleet")(fleet)
 bench.command("index")(index)
 bench.command("replay")(replay)
 
+_WIDTH = 120  # of a table that is not shown on a terminal
 _Servers = Annotated[
     list[str] | None,
     typer.Option(
@@ -146,7 +146,7 @@ def drafts(
     if json:
         print_json({"turns": msgspec.to_builtins(turns), "scores": msgspec.to_builtins(scores(turns))})
     else:
-        Console().print(score_table(turns))
+        print_table(score_table(turns), width=_WIDTH)
 
 
 def _append(file: BinaryIO | None, turn: Turn) -> None:
