@@ -13,6 +13,7 @@ import typer
 import uvloop
 from rich.table import Table
 
+from seer_async.config import merge, parse_setting
 from seer_async.dataset import default_dataset, read_dataset
 from seer_async.errors import UsageError
 from seer_async.simulation.workload import responses
@@ -85,6 +86,10 @@ def fleet(
         str | None, typer.Option(help="Model folder of the local engines. [default: a small model, fetched once]")
     ] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Longest sequence of the local engines.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any other setting of all contenders, section.key=value.", show_default=False),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seeds the lengths of the first round; 1 more for each.")] = 0,
     trace: Annotated[
         Path | None,
@@ -121,6 +126,7 @@ def fleet(
         },
         "output": {"trace": False},
     }
+    tree = merge(tree, *map(parse_setting, set_ or []))
     with tempfile.TemporaryDirectory() as scratch, make_display("plain") as display:
         contest = Contest(tree, _servers(server or [], entries), Path(scratch), display)
         result = uvloop.run(contest.run(entries, rounds))
