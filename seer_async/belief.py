@@ -58,8 +58,8 @@ class Belief:
         self.limit = limit
         self.shape = PRIOR
         self._top = top
-        self._means = np.linspace(top - 5, top + 1, 61)
-        self._logs = np.linspace(top - 6, top + 2, 121)
+        self._means = np.linspace(top - 5, top + 1, 41)
+        self._logs = np.linspace(top - 6, top + 2, 81)
         self._lengths = np.minimum(np.exp(self._logs), limit)
         self._take(PRIOR)
 

@@ -80,7 +80,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     `kv_fraction` of an engine's KV is ours to fill. `eject_after` failures in a row close an engine for `eject_s`,
     doubling up to `eject_max_s`. `silent_after` readings missed in a row mean that it is gone. `patience_s` without any
     usable engine end the run with exit code 4. `api_key_env` names the environment variable that holds the engines'
-    API key. `kv_pool` False leaves a KV pool that the engines have unused.
+    API key. `kv_pool` False leaves a KV pool that the engines have unused. `stagger` is how far calls are relied on to
+    end one after the other, in the order in which they began, when room is made for another: 0 is not at all.
     """
 
     max_in_flight: int = 1024
@@ -95,10 +96,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     patience_s: float = 300.0
     api_key_env: str | None = None
     kv_pool: bool = True
+    stagger: float = 0.8
 
     def __post_init__(self) -> None:
         _require(self.max_in_flight >= 1, "engine.max_in_flight must be at least 1")
         _require(0 < self.kv_fraction <= 1, "engine.kv_fraction must be above 0 and at most 1")
+        _require(0 <= self.stagger <= 1, "engine.stagger must be from 0 to 1")
         for name in (
             "chunk_timeout_s",
             "telemetry_s",

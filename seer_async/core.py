@@ -10,6 +10,7 @@ Invariants (checked by `invariants.check` after every event in tests):
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -63,6 +64,9 @@ if TYPE_CHECKING:
 NO_ENGINE = "no usable engine"  # begins the error of a request that a lasting core gives up
 _BUSY_WAIT_S = 1.0  # when an engine says it is busy but not for how long
 _TAIL = 0.1  # the last tenth of the requests
+_SHORTEST_FIRST = 0.25  # of the usual length, a request's first chunk
+_GOLDEN = 0.6180339887498949
+_GROUP_STRIDE = 16  # between the numbers of one group's first requests and the next
 _MOST_SKIPPED = 8  # requests set aside in one cycle because the only engines that may take them are full
 
 
@@ -340,6 +344,7 @@ class Core:
         request.failures, request.avoid = 0, None
         request.rejected_by.clear()
         call.instance.generated += chunk.tokens
+        call.instance.paced(chunk.tokens, self._now - call.start)
         self.tokens += chunk.tokens
         request.finish_reason, request.stop_reason = stop or self._ending(request, reply)
         self._out.append(_record_of(request, reply, chunk))
@@ -456,14 +461,16 @@ class Core:
         ]
         if self.closing or self.paused or not usable:
             return
+        for instance in usable:
+            instance.tick(self._now)
         skipped: list[Request] = []
         while (request := self.policy.choose()) is not None:
             tokens = request.length + self._chunk_bound(request)
             instances = self._candidates(request, tokens, usable)
             if not instances:
                 self._no_candidate(request, tokens)
-            elif instance := self.policy.place(request, tokens, instances):
-                self._dispatch(request, instance, tokens)
+            elif place := self.policy.place(request, tokens, instances):
+                self._dispatch(request, place, tokens)
             elif len(instances) < len(usable) and len(skipped) < _MOST_SKIPPED:
                 self.buffer.park(request)  # bound to engines that are full; others may still use the rest
                 skipped.append(request)
@@ -509,10 +516,19 @@ class Core:
         return not any(self._version_fits(request, instance) for instance in ups)
 
     def _chunk_bound(self, request: Request) -> int:
-        """The most tokens the next chunk may add, as far as a policy may know."""
+        """The most tokens the next chunk may add, as far as a policy may know.
+
+        Requests that begin together should not ask for their next chunks together (see `occupancy`): their first
+        chunks are of different lengths, spread evenly by the golden ratio.
+        """
         options = request.group.options
         size = 0 if options.indivisible else options.chunk_size
-        return min(size, request.remaining) if size and self.policy.divided else request.remaining
+        if not size or not self.policy.divided:
+            return request.remaining
+        if not request.generated and self.config.engine.stagger:
+            number = request.group.order * _GROUP_STRIDE + request.index
+            size = math.ceil(size * (_SHORTEST_FIRST + (1 - _SHORTEST_FIRST) * (number * _GOLDEN % 1)))
+        return min(size, request.remaining)
 
     def _dispatch(self, request: Request, instance: Instance, tokens: int) -> None:
         self._next_call += 1

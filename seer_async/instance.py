@@ -1,14 +1,16 @@
 """An instance: what the core knows of one engine, and the KV room it still has for us.
 
 Invariants: `reserved` is the sum of the bounds of the calls in flight, where calls of one group count their prompt's
-full blocks once if the engine shares equal prefixes; a chunk is admitted only where its bound fits, so an engine never
-has to preempt for us; `in_flight` holds exactly the calls dispatched in the current epoch and not yet answered.
+full blocks once if the engine shares equal prefixes; a chunk is admitted only where its bound fits, or will fit by the
+time it needs it (`occupancy`), so an engine does not have to preempt for us; `in_flight` holds exactly the calls
+dispatched in the current epoch and not yet answered.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from seer_async.occupancy import Occupancy
 from seer_async.sampling import DRAFTS, POSITION_SEEDS
 
 if TYPE_CHECKING:
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
 _SPARE_BLOCKS = 1  # vLLM keeps one block for itself
 _PREEMPTION_CUT = 0.9  # trust this much less of an engine's KV after each preemption it reports
 _LEAST_TRUST = 0.3
+_RELIANCE_CUT = 0.5  # the same of the order in which calls end, if more was admitted than fits together
+_LEAST_PACED = 16  # tokens of a chunk that tells how fast the engine is
+_PACE_WEIGHT = 0.2  # of the latest chunk
 _MOST_DOUBLINGS = 16  # of the time an engine stays closed; beyond, floats overflow
 
 
@@ -63,6 +68,11 @@ class Instance:
         self._foreign = 0  # blocks used by others
         self._peak_reserved = 0
         self._trust = 1.0
+        self._occupancy = Occupancy()
+        self._reliance = config.stagger
+        self._pace: float | None = None  # steps a second
+        self._steps = 0.0  # that it has done, by our reckoning
+        self._ticked = 0.0
 
     def start_epoch(self, info: EngineInfo) -> None:
         """The engine answers, as a new process or again after silence."""
@@ -77,6 +87,7 @@ class Instance:
         self.half_open = self.held = False
         self._foreign = self._peak_reserved = 0
         self._trust = 1.0
+        self._reliance, self._pace = self.config.stagger, None
         self._seats = min(info.max_num_seqs or self.config.max_in_flight, self.config.max_in_flight)
         self.block_size = info.block_size
         self.longest = min(info.max_model_len, self._usable * info.block_size)
@@ -85,7 +96,10 @@ class Instance:
     def observe(self, stats: EngineStats) -> None:
         """Take in one reading of the engine's telemetry."""
         if self.stats is not None and stats.preemptions > self.stats.preemptions:
-            self._trust = max(_LEAST_TRUST, self._trust * _PREEMPTION_CUT)
+            if self._peak_reserved > self.capacity:
+                self._reliance *= _RELIANCE_CUT
+            else:
+                self._trust = max(_LEAST_TRUST, self._trust * _PREEMPTION_CUT)
             self.preempted += stats.preemptions - self.stats.preemptions
         self.stats = stats
         self._foreign = max(0, round(stats.kv_used * self._usable) - self._peak_reserved)
@@ -133,6 +147,18 @@ class Instance:
         """Whether calls may be sent at all."""
         return self.up and not self.held and now >= self.closed_until
 
+    def tick(self, now: float) -> None:
+        """Reckon how far the calls in flight have got."""
+        if self._pace is not None:
+            self._steps += self._pace * (now - self._ticked)
+        self._ticked = now
+
+    def paced(self, tokens: int, seconds: float) -> None:
+        """A call was answered: so many tokens in so many seconds, all its waiting included."""
+        if tokens >= _LEAST_PACED and seconds > 0:
+            pace = tokens / seconds
+            self._pace = pace if self._pace is None else self._pace + _PACE_WEIGHT * (pace - self._pace)
+
     def need(self, request: Request, tokens: int) -> int:
         """KV blocks that a chunk which ends with a sequence of at most `tokens` adds to those reserved."""
         sharers = self._sharers.get((request.group.id, self.version))
@@ -147,22 +173,32 @@ class Instance:
         calls = len(self.in_flight)
         if not calls:
             return self.could_hold(tokens)
-        least = tokens - request.group.prompt_len  # if it shares all of the prompt
-        if calls >= self._seats or (self.capacity - self.reserved) * self.block_size < least:
-            return False  # said early, because most engines are full
-        return not self.half_open and self.need(request, tokens) <= self.free
+        if calls >= self._seats or self.half_open:
+            return False
+        need = self.need(request, tokens)
+        return need <= self.free or self._room_in_time(need, tokens - request.length)
+
+    def _room_in_time(self, need: int, steps: int) -> bool:
+        """Whether `need` more blocks, the last of them in so many steps, are free by the time they are needed."""
+        if self._pace is None or not self._reliance or self.drafts:  # with drafts, calls do not keep step
+            return False
+        shared = sum(sharers.blocks for sharers in self._sharers.values())
+        slope = self._reliance / self.block_size
+        return shared + self._occupancy.peak_with(need, self._steps + steps, self._steps, slope) <= self.capacity
 
     def could_hold(self, tokens: int) -> bool:
         """Whether such a chunk would fit an otherwise empty engine."""
         return tokens <= self.longest
 
     def dispatch(self, call: int, request: Request, tokens: int) -> None:
-        """Reserve room for a call."""
+        """Reserve room for a call that ends with a sequence of at most `tokens`."""
         key = (request.group.id, self.version)
         self.reserved += self.need(request, tokens)
         sharers = self._sharers.setdefault(key, _Sharers(key, self._shared_blocks(request)))
         sharers.calls += 1
-        self.in_flight[call] = self.blocks(tokens) - sharers.blocks, sharers
+        own = self.blocks(tokens) - sharers.blocks
+        self.in_flight[call] = own, sharers
+        self._occupancy.add(call, own, self._steps + tokens - request.length)
         self._peak_reserved = max(self._peak_reserved, self.reserved)
 
     def release(self, call: int) -> None:
@@ -170,6 +206,7 @@ class Instance:
         if call not in self.in_flight:
             return
         blocks, sharers = self.in_flight.pop(call)
+        self._occupancy.remove(call)
         self.reserved -= blocks
         sharers.calls -= 1
         if not sharers.calls:
@@ -211,5 +248,6 @@ class Instance:
         self.last_error = reason
         self.in_flight.clear()
         self._sharers.clear()
+        self._occupancy.clear()
         self.reserved = 0
         return calls

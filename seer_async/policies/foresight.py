@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 POWER = 20.0  # of the mean over remainders: 1 would be the expected one, infinity the longest possible
 _FIRST_LESSON = 8  # responses that have ended
 _MORE = 1.25  # so many times as many before the next lesson
-_SAMPLE = 256  # groups to learn from
+_SAMPLE = 128  # groups to learn from
 _LEAST_SWEEP = 1024
 
 

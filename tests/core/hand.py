@@ -35,7 +35,8 @@ class Hand:
     def __init__(
         self, *engines: str, tokenizer: Any = None, lengths: dict[str, int] | None = None, **tree: Any
     ) -> None:
-        self.core = Core(resolve(tree), engines or ("a",), run="r", seed=1, tokenizer=tokenizer, lengths=lengths)
+        plain = {"engine": {"stagger": 0.0}}  # chunks of the size given, and bounds that just add up
+        self.core = Core(resolve(plain, tree), engines or ("a",), run="r", seed=1, tokenizer=tokenizer, lengths=lengths)
         self.now = 0.0
         self.sent: list[Dispatch] = []
         self.records: list[Record] = []

@@ -121,6 +121,7 @@ class Scenario:
             },
             "engine": {
                 "kv_fraction": rng.choice([1.0, 1.0, 0.8, 0.4]),
+                "stagger": 0.8 * (self.seed % 2),  # not drawn: what came later must not change old seeds
                 "max_in_flight": rng.choice([1, 4, 16, 64]),
                 "chunk_timeout_s": 900.0 if whole else rng.choice([8.0, 30.0]),  # a queue of whole responses is slow
                 "patience_s": rng.choice([4.0, 60.0]),

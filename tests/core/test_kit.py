@@ -257,8 +257,19 @@ def test_an_aborted_call_gives_its_room_back() -> None:
 # World
 
 
-def peaceful(policy: str = "seer", *, faults: Faults | None = None, seed: int = 0, blocks: int = 40) -> World:
-    config = resolve({"rollout": {"chunk_size": 16}, "scheduler": {"policy": policy}})
+def peaceful(
+    policy: str = "seer",
+    *,
+    faults: Faults | None = None,
+    seed: int = 0,
+    blocks: int = 40,
+    chunk: int = 16,
+    mean: float = 60.0,
+    stagger: float = 0.8,
+) -> World:
+    config = resolve(
+        {"rollout": {"chunk_size": chunk}, "scheduler": {"policy": policy}, "engine": {"stagger": stagger}}
+    )
     clock = VirtualClock(seed)
     info = EngineInfo(
         boot="",
@@ -268,7 +279,7 @@ def peaceful(policy: str = "seer", *, faults: Faults | None = None, seed: int = 
         num_blocks=blocks,
         capabilities=frozenset({"position_seeds"}),
     )
-    engines = [SimulatedEngine(name, info, clock, Model(mean_length=60.0)) for name in ("x", "y")]
+    engines = [SimulatedEngine(name, info, clock, Model(mean_length=mean)) for name in ("x", "y")]
     groups = [GroupAdded(prompt=Prompt(id=f"g{n}", token_ids=[n + 1] * 20), n=4, limit=200) for n in range(8)]
     return World(config, groups, engines, clock, seed=seed, faults=faults)
 
@@ -317,8 +328,8 @@ def test_every_kind_of_fault_happens(kind: FaultKind) -> None:
 @pytest.mark.parametrize("mishap", list(Mishap))
 def test_every_kind_of_mishap_happens(mishap: Mishap) -> None:
     fault = Fault(at=0.4, kind=FaultKind.KILL, engine="x", seconds=1.0)  # something to cancel, for the deaf
-    calm = finished(peaceful(faults=Faults([fault])))
-    world = finished(peaceful(faults=Faults([fault], {mishap: 0.2})))
+    calm = finished(peaceful(faults=Faults([fault]), stagger=0.0))
+    world = finished(peaceful(faults=Faults([fault], {mishap: 0.2}), stagger=0.0))
     assert world.trace != calm.trace
     assert world.samples.keys() == calm.samples.keys()
 
