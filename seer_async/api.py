@@ -18,12 +18,13 @@ RUNNING, DONE, CANCELLED, FAILED, LOST = "running", "done", "cancelled", "failed
 class RolloutOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """How a rollout is sampled: `n` responses to each prompt; what is not given is as the server is configured.
 
-    `sampling` holds options as `seer_async.sampling.Sampling` names them. With `stream` the answer is the stream of
-    samples itself.
+    `sampling` holds options as `seer_async.sampling.Sampling` names them; `model` is the served model or a LoRA
+    adapter. With `stream` the answer is the stream of samples itself.
     """
 
     n: int | None = None
     sampling: dict[str, Any] = {}
+    model: str | None = None
     chunk_size: int | None = None
     stream: bool = False
 

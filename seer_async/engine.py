@@ -16,7 +16,7 @@ import msgspec
 from seer_async.errors import EngineError, FailureKind
 from seer_async.telemetry import Metrics
 from seer_async.types import EngineInfo, EngineStats
-from seer_async.wire import DIALECTS, CallSpec
+from seer_async.wire import CallSpec, dialect_for
 
 if TYPE_CHECKING:
     from seer_async.types import ChunkReply, Prompt
@@ -59,6 +59,7 @@ class _SeerInfo(msgspec.Struct):
     max_num_seqs: int | None = None
     vocab_size: int | None = None
     logprobs_mode: str | None = None
+    max_logprobs: int = 20
     weight_version: str = "unknown"
     capabilities: list[str] = []
     kv_pool: str | None = None
@@ -114,7 +115,7 @@ class EngineClient:
 
     async def generate(self, spec: CallSpec, info: EngineInfo, *, timeout_s: float) -> ChunkReply:
         """One chunk."""
-        dialect = DIALECTS[info.dialect]
+        dialect = dialect_for(spec, info)
         tops = 1 + int(spec.params.get("logprobs", 0))
         limit = _REPLY_BASE + spec.max_tokens * tops * _REPLY_PER_TOKEN + 8 * len(spec.prefix)
         body = await self._request("POST", dialect.path, dialect.encode(spec), timeout_s, limit)
@@ -180,6 +181,7 @@ class EngineClient:
             max_num_seqs=said.max_num_seqs,
             vocab_size=said.vocab_size,
             logprobs_mode=said.logprobs_mode,
+            max_logprobs=said.max_logprobs,
             weight_version=said.weight_version,
             capabilities=frozenset(said.capabilities),
             shares_prefixes=metrics.shares_prefixes,

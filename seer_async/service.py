@@ -19,7 +19,16 @@ import msgspec
 
 from seer_async.core import Core
 from seer_async.errors import BusyError, RefusedError, SeerError
-from seer_async.events import AbortRequested, EngineHeld, GroupAdded, Paused, RequestsCancelled, Resumed, VersionSet
+from seer_async.events import (
+    AbortRequested,
+    AdapterChanged,
+    EngineHeld,
+    GroupAdded,
+    Paused,
+    RequestsCancelled,
+    Resumed,
+    VersionSet,
+)
 from seer_async.options import GroupOptions
 from seer_async.rollout import open_fleet
 from seer_async.sampling import mix_seed
@@ -115,6 +124,7 @@ class Service:
     """The engines at `urls`, ready for work inside the `async with` block.
 
     `gate` says why an engine, by its name, must not sample now although it could, or None; it may be replaced.
+    `adapters` are the LoRA adapters that all engines have which may sample; whoever loads them keeps the set.
 
     Raises:
         FleetError: On entering, if no engine can be used.
@@ -124,6 +134,8 @@ class Service:
         self.config = config
         self.run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
         self.paused: str | None = None  # the mode
+        self.adapters: set[str] = set()
+        self._lost_weights: str | None = None  # what is sampled from while engines have none
         self.gate: Callable[[str, EngineInfo], str | None] = lambda *_: None
         self._urls = urls
         self._clock = Clock()
@@ -226,6 +238,8 @@ class Service:
         ids = work.prompt_token_ids
         if self._loop_task is None or self._loop_task.done():
             raise SeerError("the service has ended")
+        if work.options.model and work.options.model not in self.adapters:
+            raise RefusedError(f"there is no adapter {work.options.model!r}")
         if not ids:
             raise RefusedError("the prompt has no tokens")
         if room < 1:
@@ -307,6 +321,21 @@ class Service:
         """Sample from these weights only; what was begun with others begins again."""
         self._shell.post(VersionSet(version=version))
         self._shell.hurry()  # the core learns from telemetry which engines have it
+
+    def lose_weights(self) -> None:
+        """No engine has weights any more: nothing is sampled before the next `set_version`."""
+        self._serial += 1
+        self._lost_weights = f"none-{self._serial}"
+        self._shell.post(VersionSet(version=self._lost_weights))
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether there are weights to sample from."""
+        return self._lost_weights is None or self.core.version != self._lost_weights
+
+    def change_adapter(self, name: str) -> None:
+        """A LoRA adapter is about to be replaced; the service must be paused."""
+        self._shell.post(AdapterChanged(model=name))
 
     def add_engine(self, url: str) -> str:
         """Make a server part of the fleet; returns its name."""

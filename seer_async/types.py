@@ -141,7 +141,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     `boot` identifies the process: a changed value is a new epoch. `num_blocks` KV blocks of `block_size` tokens.
     `shares_prefixes` says that sequences which begin alike share KV blocks (vLLM's prefix caching).
-    `kv_pool` names the pool it shares KV through, "kind:id"; engines that share one have the same name.
+    `kv_pool` names the pool it shares KV through, "kind:id"; engines that share one have the same name. `max_logprobs`
+    is the most alternatives it gives for a token.
     """
 
     boot: str
@@ -153,6 +154,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int | None = None
     vocab_size: int | None = None
     logprobs_mode: str | None = None
+    max_logprobs: int = 20
     weight_version: str = "unknown"
     capabilities: frozenset[str] = frozenset()
     shares_prefixes: bool = False

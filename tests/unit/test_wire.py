@@ -3,11 +3,12 @@
 import json
 from typing import Any
 
+import msgspec
 import pytest
 
 from seer_async.errors import EngineError, FailureKind
-from seer_async.types import TopLogprob, VersionSpan
-from seer_async.wire import DIALECTS, CallSpec
+from seer_async.types import EngineInfo, TopLogprob, VersionSpan
+from seer_async.wire import DIALECTS, CallSpec, dialect_for
 
 SPEC = CallSpec(
     request_id="run-0-1",
@@ -120,3 +121,12 @@ def test_both_dialects_send_prefix_params_and_salt() -> None:
     assert generate["sampling_params"]["extra_args"] == completion["vllm_xargs"] == {"seer_prompt_len": 2}
     assert "extra_args" not in completion
     assert (generate["sampling_params"]["logprobs"], completion["logprobs"]) == (2, 1)
+
+
+@pytest.mark.parametrize(("alternatives", "name"), [(0, "generate"), (19, "generate"), (20, "completions")])
+def test_the_most_alternatives_are_asked_for_where_they_are_all_given(alternatives: int, name: str) -> None:
+    info = EngineInfo(boot="b", model="m", max_model_len=8, block_size=1, num_blocks=8)
+    spec = msgspec.structs.replace(SPEC, params=SPEC.params | {"logprobs": alternatives})
+    assert dialect_for(spec, info).name == name
+    assert dialect_for(spec, msgspec.structs.replace(info, max_logprobs=50)).name == "generate"
+    assert dialect_for(spec, msgspec.structs.replace(info, dialect="completions")).name == "completions"

@@ -23,6 +23,8 @@ COMPLETIONS, CHAT, GENERATE = "/v1/completions", "/v1/chat/completions", "/infer
 MESSAGES = [{"role": "user", "content": "Name three colours and one animal with an umlaut: \u00e4\u00f6\u00fc \u732b"}]
 IDS = {"return_token_ids": True}
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 40}
+MOST = 20  # alternatives that vLLM gives; hot samples are often not among them
+HOT: dict[str, Any] = {"seed": 5, "max_tokens": 12, "temperature": 2.0}
 NOT_COMPARED = {"id", "request_id", "created", "system_fingerprint", "metrics", "rank"}
 
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -40,11 +42,18 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         GENERATE,
         {"token_ids": [504, 3413, 314], "sampling_params": {"n": 2, "seed": 3, "max_tokens": 40, "logprobs": 0}},
     ),
+    (COMPLETIONS, {"prompt": "Any word", "logprobs": MOST, "return_tokens_as_token_ids": True} | IDS | HOT),
+    (CHAT, {"messages": MESSAGES, "logprobs": True, "top_logprobs": MOST} | IDS | HOT),
+    (GENERATE, {"token_ids": [504, 3413], "sampling_params": {"logprobs": MOST} | HOT}),
+    (COMPLETIONS, {"prompt": "A word:", "structured_outputs": {"choice": ["yes", "no"]}, "logprobs": MOST} | GREEDY),
 ]
 REFUSED: list[tuple[str, dict[str, Any]]] = [
     (COMPLETIONS, {"prompt": "x", "temperature": -1}),
     (COMPLETIONS, {"prompt": "x" * 20_000}),
     (COMPLETIONS, {"prompt": "x", "model": "other"}),
+    (COMPLETIONS, {"prompt": "x", "logprobs": MOST + 1}),
+    (GENERATE, {"token_ids": [504], "sampling_params": {"logprobs": MOST + 1}}),
+    (CHAT, {"messages": MESSAGES, "logprobs": True, "top_logprobs": MOST + 1}),
     (CHAT, {"messages": MESSAGES, "top_logprobs": 2}),
     (CHAT, {"messages": []}),
 ]
@@ -105,12 +114,19 @@ async def streamed(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -
         yield text
 
 
+def _ordered(tops: list[Any]) -> list[Any]:
+    """The sampled token first, as it comes; neighbours with almost the same logprob may change places."""
+    return tops[:1] + sorted(tops[1:], key=lambda top: str(top.get("token", top.get("token_id"))))
+
+
 def differences(ours: Any, theirs: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Where two answers differ; numbers may differ in the last digits, and what is null may be left out."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
         for name in (ours.keys() | theirs.keys()) - NOT_COMPARED:
             yield from differences(ours.get(name), theirs.get(name), f"{where}.{name}")
     elif isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+        if where.endswith(".top_logprobs"):
+            ours, theirs = _ordered(ours), _ordered(theirs)
         for number, pair in enumerate(zip(ours, theirs, strict=True)):
             yield from differences(*pair, f"{where}[{number}]")
     elif isinstance(ours, float) and isinstance(theirs, float):

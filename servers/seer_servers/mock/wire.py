@@ -105,7 +105,7 @@ def decode(body: bytes, kind: type[_Body]) -> _Body:
 
 def check_model(name: str | None, engine: MockEngine) -> None:
     """Refuse a name that is not served."""
-    if name and name != engine.config.name:
+    if name and name != engine.config.name and name not in engine.adapters:
         raise ApiError(404, "NotFoundError", f"The model `{name}` does not exist.", "model")
 
 
@@ -158,6 +158,7 @@ def _call(
         prefix=prefix,
         prompt_len=prompt_len,
         cache_salt=body.cache_salt,
+        adapter=body.model if body.model in engine.adapters else "",
         sampling=Sampling(
             seed=_seed(params, engine),
             max_tokens=max_tokens,

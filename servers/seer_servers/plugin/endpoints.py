@@ -102,6 +102,7 @@ async def info(request: Request) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "vocab_size": model.get_vocab_size(),
         "logprobs_mode": model.logprobs_mode,
+        "max_logprobs": model.get_vocab_size() if model.max_logprobs < 0 else model.max_logprobs,
         "weight_version": await engine.client.get_weight_version(),
         "kv_pool": request.app.state.seer_kv_pool_name,
         **engine.support,

@@ -14,7 +14,7 @@ import msgspec
 
 from seer_servers.service.bodies import ChatBody, read, usage_wanted
 from seer_servers.service.chatmessage import Messages, MessageStream
-from seer_servers.service.intake import Rendered, request_id
+from seer_servers.service.intake import Rendered, adapter_named, request_id
 from seer_servers.service.params import refuse
 from seer_servers.service.part import Route
 from seer_servers.service.replies import ChatReply, json_reply, usage
@@ -59,10 +59,10 @@ class Chat:
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         body = await read(request, ChatBody)
         refuse(msgspec.structs.asdict(body))
-        self._intake.check_model(body.model)
+        adapter = adapter_named(body.model, self._intake.service)
         raw = await request.read()
         rendered = await self._intake.relay.fetch("/v1/chat/completions/render", raw, Rendered)
-        work = self._intake.work(rendered, request, stream=bool(body.stream))
+        work = self._intake.work(rendered, request, adapter=adapter, stream=bool(body.stream))
         answer = _Answer(self._intake, body, raw, work, f"chatcmpl-{request_id(request, body.request_id)}")
         return await stream(request, answer.events()) if body.stream else await answer.whole()
 
@@ -117,6 +117,6 @@ class _Answer:
             "id": self._name,
             "object": "chat.completion.chunk",
             "created": self._created,
-            "model": self._intake.service.info.model,
+            "model": self._intake.model_of(self._work),
             "choices": choices,
         }

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from seer_servers.service.bodies import CompletionBody, read, usage_wanted
-from seer_servers.service.intake import Rendered, request_id
+from seer_servers.service.intake import Rendered, adapter_named, request_id
 from seer_servers.service.logprobs import CompletionLogprobs, Tokens, by_id, by_text, tokens_of
 from seer_servers.service.params import refuse
 from seer_servers.service.part import Route
@@ -61,9 +61,9 @@ class Completions:
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         body = await read(request, CompletionBody)
         refuse(msgspec.structs.asdict(body))
-        self._intake.check_model(body.model)
+        adapter = adapter_named(body.model, self._intake.service)
         rendered = await self._intake.relay.fetch("/v1/completions/render", await request.read(), list[Rendered])
-        works = [self._intake.work(each, request, stream=bool(body.stream)) for each in rendered]
+        works = [self._intake.work(each, request, adapter=adapter, stream=bool(body.stream)) for each in rendered]
         answer = _Answer(self._intake, body, works, f"cmpl-{request_id(request, body.request_id)}")
         return await stream(request, answer.events()) if body.stream else await answer.whole()
 
@@ -76,7 +76,7 @@ class _Answer:
         self._body = body
         self._works = works
         self._name = name
-        self._model = intake.service.info.model
+        self._model = intake.model_of(works[0])
         self._created = int(time.time())
         self._words = Words(intake.relay)
 

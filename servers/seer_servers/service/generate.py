@@ -9,7 +9,7 @@ import msgspec
 
 from seer_servers.service.bodies import GenerateBody, read, usage_wanted
 from seer_servers.service.errors import bad_request
-from seer_servers.service.intake import Rendered, request_id
+from seer_servers.service.intake import Rendered, adapter_named, request_id
 from seer_servers.service.logprobs import Positions, Tokens, positions, tokens_of
 from seer_servers.service.params import refuse
 from seer_servers.service.part import Route
@@ -58,9 +58,9 @@ class Generate:
         refuse(msgspec.structs.asdict(body))
         if body.output_mode != "tokens":
             raise bad_request("output_mode must be 'tokens' here; ask /v1/completions for text.", "output_mode")
-        self._intake.check_model(body.model)
+        adapter = adapter_named(body.model, self._intake.service)
         prompt = Rendered(body.token_ids, body.sampling_params, body.cache_salt)
-        work = self._intake.work(prompt, request, stream=bool(body.stream))
+        work = self._intake.work(prompt, request, adapter=adapter, stream=bool(body.stream))
         answer = _Answer(self._intake, body, work, f"generate-tokens-{request_id(request, body.request_id)}")
         return await stream(request, answer.events()) if body.stream else await answer.whole()
 
@@ -80,7 +80,7 @@ class _Answer:
         (samples,) = await self._intake.samples([self._work])
         reply = GenerateReply(
             request_id=self._name,
-            model=self._intake.service.info.model,
+            model=self._intake.model_of(self._work),
             created=int(time.time()),
             usage=usage([self._body.token_ids], sum(len(sample.token_ids) for sample in samples)),
             prompt_token_ids=self._body.token_ids if self._body.return_token_ids else None,

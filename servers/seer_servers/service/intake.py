@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _GROUP, _GROUP_SIZE, _REQUEST_ID = "X-Seer-Group", "X-Seer-Group-Size", "X-Request-Id"
 _NAME_END = 256
-_REJECTED = re.compile(r"rejected: /\S+ answered \d+: (.*)", re.DOTALL)
+_REJECTED = re.compile(r"rejected: /\S+ answered (\d+): (.*)", re.DOTALL)
 _RETRY_S = 5.0
 
 
@@ -48,18 +48,18 @@ class Intake:
         self.service = service
         self.relay = relay
 
-    def check_model(self, name: str | None) -> None:
-        """Refuse a model that is not served, as vLLM does."""
-        if name and name != self.service.info.model:
-            raise ApiError(404, f"The model `{name}` does not exist.", param="model")
+    def model_of(self, work: Work) -> str:
+        """What answers call the model."""
+        return work.options.model or self.service.info.model
 
-    def work(self, rendered: Rendered, request: web.Request, *, stream: bool) -> Work:
-        """One prompt's group."""
+    def work(self, rendered: Rendered, request: web.Request, *, adapter: str, stream: bool) -> Work:
+        """One prompt's group, sampled with `adapter`, or the model itself."""
         refuse({"features": rendered.features})
         what = asked(
             rendered.sampling_params,
             self.service.config,
             room=self.service.info.max_model_len - len(rendered.token_ids),
+            model=adapter,
             salt=rendered.cache_salt or "",
             stream=stream,
             capabilities=self._capabilities(),
@@ -108,12 +108,31 @@ def whole(sample: Sample) -> Sample:
     if not sample.error:
         return sample
     if match := _REJECTED.match(sample.error):
-        raise bad_request(match[1])
+        raise unknown_model(match[2]) if match[1] == "404" else bad_request(match[2])
     if sample.error.startswith("too long"):
         raise bad_request(sample.error)
     if sample.error.startswith((NO_ENGINE, "the service has ended")):
         raise ApiError(503, sample.error, retry_after=_RETRY_S)
     raise ApiError(500, sample.error)
+
+
+def adapter_named(name: str | None, service: Service) -> str:
+    """The LoRA adapter that a request's model names, empty if that is the model itself.
+
+    Raises:
+        ApiError: 404, as vLLM says it: neither is called that.
+    """
+    model = service.info.model
+    if not name or name == model:
+        return ""
+    if name not in service.adapters:
+        raise unknown_model(f"The model `{name}` does not exist. Valid aliases: {model}.")
+    return name
+
+
+def unknown_model(message: str) -> ApiError:
+    """There is no such model; if a request was under way, its adapter has been unloaded."""
+    return ApiError(404, message, param="model")
 
 
 def group_name(request: web.Request) -> str:

@@ -63,7 +63,7 @@ class Jobs:
                 "begins nothing and gets the same answer",
                 body=RolloutRequest,
                 reply=RolloutStatus,
-                query={"n": int, "sampling": str, "chunk_size": int, "stream": bool},
+                query={"n": int, "sampling": str, "model": str, "chunk_size": int, "stream": bool},
             ),
             Route(
                 method="GET",

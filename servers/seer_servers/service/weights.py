@@ -124,7 +124,7 @@ class Weights:
         return web.json_response({"message": "Weight transfer initialized"})
 
     async def _start(self, _request: web.Request) -> web.Response:
-        async with self._alone("/start_weight_update"), self._held():
+        async with self._alone("/start_weight_update"), self._pausing.held():
             live = await self._fanout.live()
             boots = await self._facts.boots(live)
             engines = [name for name in boots if self._group is None or self._group.get(name) == boots[name]]
@@ -211,7 +211,7 @@ class Weights:
                 return self._finished_before()
             self._updates += 1
             version = self._unused(body.weight_version or f"update-{self._updates}-{self._service.run_id[-6:]}")
-            async with self._held():
+            async with self._pausing.held():
                 outcome = await self._finish_on(self._open, version)
             self._fanout.check(outcome, f"the others sample from {version}", repeatable=False)
             if not outcome.ok:
@@ -235,7 +235,7 @@ class Weights:
 
     async def _update_version(self, request: web.Request) -> web.Response:
         body = await read_body(request, VersionBody)
-        async with self._alone("/update_weight_version"), self._held():
+        async with self._alone("/update_weight_version"), self._pausing.held():
             boots = await self._facts.boots(await self._fanout.live())
             engines = self._holders.among(boots) if self._transferred else list(boots)
             same = body.new_version == self._service.core.version
@@ -260,16 +260,6 @@ class Weights:
         self._service.set_version(version)
         self._service.check_engines()
         await self._service.fleet.flush_pools(self._service.run_id)
-
-    @contextlib.asynccontextmanager
-    async def _held(self) -> AsyncIterator[None]:
-        """Nothing is sampled inside, nor after it while an update is open."""
-        try:
-            await self._pausing.hold()
-            yield
-        finally:
-            if not self.updating:
-                await self._pausing.release()
 
     @contextlib.asynccontextmanager
     async def _alone(self, call: str) -> AsyncIterator[None]:
