@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
+from msgspec import UNSET
 
 from seer_servers.service.bodies import GenerateBody, read, usage_wanted
 from seer_servers.service.errors import bad_request
-from seer_servers.service.intake import Rendered, adapter_named, request_id
+from seer_servers.service.intake import REQUEST_HEADERS, Rendered, adapter_named, request_id
 from seer_servers.service.logprobs import Positions, Tokens, positions, tokens_of
 from seer_servers.service.params import refuse
-from seer_servers.service.part import Route
-from seer_servers.service.replies import GenerateChoice, GenerateReply, json_reply, stop_reason, usage, version_spans
+from seer_servers.service.part import EVENTS, Route
+from seer_servers.service.replies import (
+    GenerateChoice,
+    GenerateChunk,
+    GenerateReply,
+    json_reply,
+    stop_reason,
+    usage,
+    version_spans,
+)
 from seer_servers.service.sse import stream
-from seer_servers.service.steps import Step, steps
+from seer_servers.service.steps import steps
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -44,6 +53,8 @@ class Generate:
                 summary="Responses to a tokenised prompt, as token ids, with the weights that sampled them",
                 body=GenerateBody,
                 reply=GenerateReply,
+                streams={EVENTS: (GenerateChunk,)},
+                headers=REQUEST_HEADERS,
             )
         ]
 
@@ -77,7 +88,7 @@ class _Answer:
 
     async def whole(self) -> web.Response:
         """All at once."""
-        (samples,) = await self._intake.samples([self._work])
+        (samples,) = await self._intake.samples([self._work], self._name)
         reply = GenerateReply(
             request_id=self._name,
             model=self._intake.model_of(self._work),
@@ -101,26 +112,22 @@ class _Answer:
     def _logprobs(self, tokens: Tokens) -> Positions | None:
         return None if self._alternatives is None else positions(tokens, max(self._alternatives, 1))
 
-    async def events(self) -> AsyncIterator[dict[str, Any]]:
+    async def events(self) -> AsyncIterator[GenerateChunk]:
         """Piece by piece."""
         counts = [0] * self._work.n
+        always = usage_wanted(self._body.stream_options, always=True)
         prompt = self._body.token_ids
-        said_prompt = not self._body.return_token_ids
-        with self._intake.submitted([self._work]) as tickets:
+        told = prompt if self._body.return_token_ids else UNSET  # with the first event
+        with self._intake.submitted([self._work], self._name) as tickets:
             async for batch in steps(tickets):
                 for step in batch:
                     counts[step.index] += len(step.ids)
-                    event = self._event(step)
-                    if not said_prompt:
-                        event["prompt_token_ids"], said_prompt = prompt, True
-                    if usage_wanted(self._body.stream_options, always=True):
-                        event["usage"] = usage([prompt], counts[step.index])
-                    yield event
+                    yield GenerateChunk(
+                        request_id=self._name,
+                        choices=[self._choice(step.index, step.tokens, step.sample)],
+                        usage=usage([prompt], counts[step.index]) if always else None,
+                        prompt_token_ids=told,
+                    )
+                    told = UNSET
         if usage_wanted(self._body.stream_options):
-            yield self._about([]) | {"usage": usage([prompt], sum(counts))}
-
-    def _event(self, step: Step) -> dict[str, Any]:
-        return self._about([self._choice(step.index, step.tokens, step.sample)]) | {"usage": None}
-
-    def _about(self, choices: list[GenerateChoice]) -> dict[str, Any]:
-        return {"request_id": self._name, "output_mode": "tokens", "choices": choices}
+            yield GenerateChunk(request_id=self._name, choices=[], usage=usage([prompt], sum(counts)))

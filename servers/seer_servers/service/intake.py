@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import re
 import uuid
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
@@ -27,9 +27,17 @@ if TYPE_CHECKING:
     from seer_servers.service.relay import Relay
 
 _GROUP, _GROUP_SIZE, _REQUEST_ID = "X-Seer-Group", "X-Seer-Group-Size", "X-Request-Id"
+_KIND = re.compile(r"^(chatcmpl|cmpl|generate-tokens)-")  # before a client's own name in an answer's id
 _NAME_END = 256
 _REJECTED = re.compile(r"rejected: /\S+ answered (\d+): (.*)", re.DOTALL)
 _RETRY_S = 5.0
+
+REQUEST_HEADERS: dict[str, Any] = {
+    _GROUP: Annotated[str, msgspec.Meta(max_length=_NAME_END)],
+    _GROUP_SIZE: Annotated[int, msgspec.Meta(ge=1)],
+    _REQUEST_ID: str,
+}
+"""Those that routes which generate look at."""
 
 
 class Rendered(msgspec.Struct):
@@ -47,6 +55,7 @@ class Intake:
     def __init__(self, service: Service, relay: Relay) -> None:
         self.service = service
         self.relay = relay
+        self._open: dict[int, tuple[str, list[Ticket]]] = {}  # what requests are called, and what they wait for
 
     def model_of(self, work: Work) -> str:
         """What answers call the model."""
@@ -77,29 +86,50 @@ class Intake:
         ups = [instance.info for instance in self.service.core.instances.values() if instance.up and instance.info]
         return frozenset.intersection(*(info.capabilities for info in ups)) if ups else self.service.info.capabilities
 
+    def abort(self, names: Sequence[str]) -> int:
+        """End requests by the names that clients know, or responses by the service's; returns how many responses ended.
+
+        A request is called as its answer's id, as what that was made from (its X-Request-Id or `request_id`), or as
+        that id with the number of a prompt behind it, which means this one alone.
+        """
+        wanted = set(names)
+        found = [
+            response
+            for name, tickets in self._open.values()
+            for number, ticket in enumerate(tickets)
+            if not wanted.isdisjoint((name, _KIND.sub("", name), f"{name}-{number}"))
+            for response in ticket.requests
+        ]
+        return self.service.abort([*found, *names])
+
     @contextlib.contextmanager
-    def submitted(self, works: Sequence[Work]) -> Iterator[list[Ticket]]:
-        """Tickets for `works`, all or none; what is still open at the end of the block is given up."""
+    def submitted(self, works: Sequence[Work], name: str) -> Iterator[list[Ticket]]:
+        """Tickets for `works`, all or none; what is still open at the end of the block is given up.
+
+        `name` is the id of the answer that they are for.
+        """
         most = self.service.config.serve.max_requests
         if sum(work.n for work in works) > most:
             raise bad_request(f"a request may ask for at most {most} responses (serve.max_requests).", "n")
         tickets: list[Ticket] = []
+        self._open[id(tickets)] = name, tickets
         try:
             for work in works:
                 tickets.append(self.service.submit(work))  # noqa: PERF401 - those before a refusal must be known
             yield tickets
         finally:
+            del self._open[id(tickets)]
             for ticket in tickets:
                 if not ticket.done:
                     self.service.cancel(ticket)
 
-    async def samples(self, works: Sequence[Work]) -> list[list[Sample]]:
+    async def samples(self, works: Sequence[Work], name: str) -> list[list[Sample]]:
         """The samples of each of `works`, in order.
 
         Raises:
             ApiError: One of them failed.
         """
-        with self.submitted(works) as tickets:
+        with self.submitted(works, name) as tickets:
             return [[whole(sample) for sample in await ticket.all()] for ticket in tickets]
 
 

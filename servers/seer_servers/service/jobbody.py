@@ -15,7 +15,7 @@ from seer_async.sampling import REFUSED, Sampling
 from seer_async.types import Prompt
 from seer_servers.service.errors import bad_request
 from seer_servers.service.intake import adapter_named
-from seer_servers.service.jobstream import NDJSON
+from seer_servers.service.part import NDJSON
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

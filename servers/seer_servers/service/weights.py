@@ -71,6 +71,13 @@ class Message(msgspec.Struct):
     message: str
 
 
+class Named(msgspec.Struct):
+    """What the weights are called now."""
+
+    success: bool
+    new_version: str
+
+
 class Weights:
     """Weight updates of the fleet, one at a time."""
 
@@ -98,15 +105,15 @@ class Weights:
     def routes(self) -> list[Route]:
         """The routes."""
 
-        def post(path: str, handler: Any, summary: str, body: Any = None) -> Route:
-            return Route(method="POST", path=path, handler=handler, summary=summary, body=body, reply=Message)
+        def post(path: str, handler: Any, summary: str, body: Any = None, reply: Any = Message) -> Route:
+            return Route(method="POST", path=path, handler=handler, summary=summary, body=body, reply=reply)
 
         return [
             post("/init_weight_transfer_engine", self._init, "Make one transfer group of all engines", InitBody),
             post("/start_weight_update", self._start, "Begin an update on all engines"),
             post("/update_weights", self._update, "Receive weights on all engines at the same time", UpdateBody),
             post("/finish_weight_update", self._finish, "End the update; sample from it", FinishBody),
-            post("/update_weight_version", self._update_version, "Name the weights that engines have", VersionBody),
+            post("/update_weight_version", self._update_version, "Name the weights engines have", VersionBody, Named),
         ]
 
     # The steps of an update
