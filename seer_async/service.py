@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 _BUSY_RETRY_S = 1.0
 _END_S = 10.0
+_LOOK_S = 0.01
 _GROUPS_KEPT = 1024
 _LENGTHS_KEPT = 4096
 _ENDED_BY_ITSELF = {"stop", "length"}
@@ -145,7 +146,8 @@ class Service:
         self._groups: dict[bytes, str] = {}  # id of the latest group by what makes siblings
         self._held: list[GroupAdded] = []  # while paused
         self._held_sizes = Counter[str]()  # requests by group
-        self._unwanted: list[str] = []  # of those
+        self._held_prompts: dict[str, list[int]] = {}  # by request
+        self._unwanted: list[str] = []  # requests of those
         self._stack = contextlib.AsyncExitStack()
         self._loop_task: asyncio.Task[str] | None = None
 
@@ -223,6 +225,7 @@ class Service:
         if self.paused:
             self._held.append(event)
             self._held_sizes[group] += work.n
+            self._held_prompts |= dict.fromkeys(ticket.requests, work.prompt_token_ids)
         else:
             self._shell.post(event)
         return ticket
@@ -290,7 +293,7 @@ class Service:
     async def pause(self, mode: str) -> None:
         """Send nothing more; what comes in waits for `resume`.
 
-        What is open ends as it is ("abort"), is finished first ("wait"), or stays as it is ("keep").
+        What is open is finished first ("wait"), stays as it is ("keep"), or is to be ended by `end` ("abort").
         """
         self.paused = mode
         if mode == "wait":
@@ -298,13 +301,24 @@ class Service:
             await self._desk.ended(self._open())
             return
         self._shell.post(Paused())
-        if mode == "abort":
-            self.abort(self._open())
+
+    async def end(self, grace_s: float) -> None:
+        """End what is open as it is, with all tokens that paused engines hand back within `grace_s` seconds."""
+        wanted = self._open()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                while any(call.request.id in wanted for call in self.core.calls.values()):  # noqa: ASYNC110 - a second
+                    await asyncio.sleep(_LOOK_S)
+        self.abort(wanted)
 
     def abort(self, requests: Iterable[str] | None = None) -> int:
-        """End these requests, or all that are not held by a pause, as they are; returns how many."""
-        wanted = self._open() if requests is None else self._open().intersection(requests)
-        self._shell.post(RequestsCancelled(requests=tuple(wanted)))
+        """End these requests, or all, as they are: without the tokens of a call in flight; returns how many."""
+        opened, held = self._open(), self._held_prompts.keys() - set(self._unwanted)
+        wanted = (opened | held) if requests is None else (opened | held).intersection(requests)
+        self._shell.post(RequestsCancelled(requests=tuple(wanted & opened)))
+        for request in wanted & held:
+            self._desk.emit(_ended(request, "abort", prompt=self._held_prompts[request]))
+            self._unwanted.append(request)
         return len(wanted)
 
     def _open(self) -> set[str]:
@@ -314,7 +328,7 @@ class Service:
         """Go on, with what has come in meanwhile."""
         self.paused = None
         self._shell.post(Resumed(), *self._held, RequestsCancelled(requests=tuple(self._unwanted)))
-        for held in (self._held, self._held_sizes, self._unwanted):
+        for held in (self._held, self._held_sizes, self._held_prompts, self._unwanted):
             held.clear()
 
     def set_version(self, version: str) -> None:
@@ -399,7 +413,7 @@ class _Desk:
     def end(self) -> None:
         """The service has ended: nobody should wait for it."""
         for request in list(self._tickets):
-            self.emit(_lost(request))
+            self.emit(_ended(request, "error", "the service has ended"))
 
     async def ended(self, requests: set[str]) -> None:
         """Return when nobody waits for any of these requests any more."""
@@ -442,8 +456,8 @@ class _Desk:
         pass
 
 
-def _lost(request: str) -> Sample:
-    """What becomes of a request when the service ends under it."""
+def _ended(request: str, finish_reason: str, error: str = "", prompt: Sequence[int] = ()) -> Sample:
+    """What becomes of a request that the core does not know, or no longer."""
     group, _, index = request.rpartition("/")
     now = time.time()
     return Sample(
@@ -452,14 +466,14 @@ def _lost(request: str) -> Sample:
         index=int(index),
         prompt=None,
         messages=None,
-        prompt_token_ids=[],
+        prompt_token_ids=list(prompt),
         token_ids=[],
         text=None,
         logprobs=[],
         top_logprobs=None,
-        finish_reason="error",
+        finish_reason=finish_reason,
         stop_reason="",
-        error="the service has ended",
+        error=error,
         seed=0,
         weight_version="",
         on_policy=False,

@@ -6,6 +6,7 @@ import asyncio
 import random
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import httpx
 import msgspec
@@ -284,6 +285,25 @@ async def test_abort_requests(engines: list[MockProcess]) -> None:
         assert second.done
 
 
+async def test_an_abort_hands_back_what_engines_have_sampled(engines: list[MockProcess]) -> None:
+    """In the middle of a chunk, and what waits for the resume ends with nothing."""
+    options = GroupOptions(sampling=Sampling(max_tokens=200, ignore_eos=True), chunk_size=200)
+    async with trainer(engines[:2]) as it:
+        ticket = it.submit(1, options=options)
+        await asyncio.sleep(0.2)
+        await it.post("/pause", mode="abort")
+        samples = await ticket.all()
+        assert {sample.finish_reason for sample in samples} == {"abort"}
+        assert all(0 < len(sample.token_ids) < 200 for sample in samples)
+        late, later = it.submit(2), it.submit(2)
+        assert (await it.post("/abort_requests", {"request_ids": late.requests}))["aborted"] == 4
+        assert [(sample.finish_reason, sample.token_ids) for sample in await late.all()] == [("abort", [])] * 4
+        await it.post("/resume")
+        for sample in await later.all():
+            assert_right(sample)
+        assert not it.service.core.buffer.open
+
+
 # Behind our back
 
 
@@ -394,6 +414,25 @@ async def test_no_two_updates_have_the_same_version_whatever_the_trainer_calls_t
         assert len({"default", *versions}) == 6
         assert (await it.post("/update_weight_version", {"new_version": "step-1#2"}))["new_version"] == "step-1#2"
         assert (await it.post("/update_weight_version", {"new_version": "step-1"}))["new_version"] == "step-1#3"
+
+
+async def test_an_update_in_one_call(engines: list[MockProcess]) -> None:
+    """As prime-rl asks for it: pause, a folder of weights, resume."""
+    async with trainer(engines[:2]) as it:
+        tickets = [it.submit(number) for number in range(4)]
+        await asyncio.sleep(0.1)
+        await it.post("/pause", mode="keep", clear_cache="false")
+        await it.post("/update_weights", {"weight_dir": "/broadcasts/step_7"})
+        assert await it.get("/is_paused") == {"is_paused": True}
+        await it.post("/resume")
+        for ticket in tickets:
+            for sample in await ticket.all():
+                assert_right(sample)
+        assert it.service.core.version == "step_7"
+        for engine in engines[:2]:
+            (call,) = await calls(engine, "/update_weights")
+            assert msgspec.json.decode(call["body"]) == {"update_info": {"path": "/broadcasts/step_7"}}
+        assert (await it.refused("POST", "/update_weights", {}))[0] == 400
 
 
 async def test_a_repeated_finish_changes_nothing_and_an_overlap_is_refused(engines: list[MockProcess]) -> None:
@@ -612,6 +651,13 @@ async def test_workers_come_and_go(engines: list[MockProcess]) -> None:
             assert (await it.http.delete("/workers/engine-2")).status_code == 200
             with pytest.raises(FleetError, match="has no engine"):
                 await it.service.fleet.tokenise([Prompt(id="p", text="nobody reads this")])
+
+
+async def test_workers_are_removed_as_routers_do_it(engines: list[MockProcess]) -> None:
+    async with trainer(engines[:2]) as it:
+        reply = await it.http.delete(f"/workers/{quote(engines[0].url, safe='')}")
+        assert reply.status_code == 200 and reply.json()["url"] == engines[0].url
+        assert list(await it.states()) == ["engine-1"]
 
 
 async def test_an_engine_added_after_an_update_is_stale(engines: list[MockProcess]) -> None:

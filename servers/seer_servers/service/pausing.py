@@ -32,6 +32,8 @@ PAUSE_S = 60.0
 WAIT_S = 1800.0
 """For what is open to end by itself, in a pause that waits for it."""
 SLEEP_S = 300.0
+HAND_BACK_S = 2.0
+"""For paused engines to hand back what they have sampled; what comes later is lost."""
 
 _MODES = ("abort", "wait", "keep")
 _LEVELS = ("0", "1", "2")
@@ -215,7 +217,11 @@ class Pausing:
         async with self._engines:
             if self._service.paused != mode:
                 raise ApiError(409, f"another call has changed the pause; the fleet is now {self._now()}")
-            return await self._fanout.post(path, await self._fanout.live(), timeout_s=timeout_s)
+            try:
+                return await self._fanout.post(path, await self._fanout.live(), timeout_s=timeout_s)
+            finally:
+                if mode == "abort":
+                    await self._service.end(HAND_BACK_S)
 
     async def _go_on(self, path: str, timeout_s: float) -> Outcome:
         async with self._engines:

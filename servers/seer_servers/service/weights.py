@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 from aiohttp import web
 
 from seer_async.errors import EngineError, FailureKind
-from seer_servers.service.errors import ApiError
+from seer_servers.service.errors import ApiError, bad_request
 from seer_servers.service.fanout import gathered
 from seer_servers.service.parameters import read_body
 from seer_servers.service.part import Route
@@ -48,9 +49,13 @@ class InitBody(msgspec.Struct):
 
 
 class UpdateBody(msgspec.Struct):
-    """What the engines are about to receive; a list has one entry for each worker of the fleet."""
+    """What the engines are about to receive; a list has one entry for each worker of the fleet.
 
-    update_info: dict[str, Any] | list[dict[str, Any]]
+    Or a whole update in one call, as prime-rl asks for it: the folder of a checkpoint, for engines with `seer_files`.
+    """
+
+    update_info: dict[str, Any] | list[dict[str, Any]] | None = None
+    weight_dir: str | None = None
 
 
 class FinishBody(msgspec.Struct):
@@ -169,7 +174,16 @@ class Weights:
             )
 
     async def _update(self, request: web.Request) -> web.Response:
-        info = (await read_body(request, UpdateBody)).update_info
+        body = await read_body(request, UpdateBody)
+        if body.weight_dir is not None:
+            await self._start(request)
+            await self._receive({"path": body.weight_dir})
+            return await self._end(PurePath(body.weight_dir).name)
+        if body.update_info is None:
+            raise bad_request("update_info is missing", "update_info")
+        return await self._receive(body.update_info)
+
+    async def _receive(self, info: dict[str, Any] | list[dict[str, Any]]) -> web.Response:
         async with self._alone("/update_weights"):
             if self._open is None:
                 raise ApiError(400, "no weight update is open: /start_weight_update comes first")
@@ -212,12 +226,14 @@ class Weights:
             self._open.difference_update(engines)
 
     async def _finish(self, request: web.Request) -> web.Response:
-        body = await read_body(request, FinishBody)
+        return await self._end((await read_body(request, FinishBody)).weight_version)
+
+    async def _end(self, name: str | None) -> web.Response:
         async with self._alone("/finish_weight_update"):
             if self._open is None:
                 return self._finished_before()
             self._updates += 1
-            version = self._unused(body.weight_version or f"update-{self._updates}-{self._service.run_id[-6:]}")
+            version = self._unused(name or f"update-{self._updates}-{self._service.run_id[-6:]}")
             async with self._pausing.held():
                 outcome = await self._finish_on(self._open, version)
             self._fanout.check(outcome, f"the others sample from {version}", repeatable=False)
