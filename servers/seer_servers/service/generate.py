@@ -110,7 +110,7 @@ class _Answer:
         )
 
     def _logprobs(self, tokens: Tokens) -> Positions | None:
-        return None if self._alternatives is None else positions(tokens, max(self._alternatives, 1))
+        return None if self._alternatives is None else positions(tokens, max(self._alternatives, 1), named=True)
 
     async def events(self) -> AsyncIterator[GenerateChunk]:
         """Piece by piece."""
