@@ -165,7 +165,8 @@ async def _generated(url: str, *asked: tuple[list[int], dict[str, Any]]) -> list
             for prompt, params in asked
         ]
         replies = [await client.post("/inference/v1/generate", json=body) for body in bodies]
-    return [reply.raise_for_status().json()["choices"][0] for reply in replies]
+    assert all(reply.is_success for reply in replies), [reply.text[:500] for reply in replies]
+    return [reply.json()["choices"][0] for reply in replies]
 
 
 async def _paused(service: Service, url: str, mode: str) -> Any:

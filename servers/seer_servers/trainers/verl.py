@@ -11,6 +11,7 @@ verl and ray are imported where they are needed only: this module can be importe
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -186,7 +187,8 @@ class Router:
     """A load balancer of verl's: one server for all requests.
 
     verl makes it of the servers it has started and the YAML file that `rollout.router_config_path` names: `seer_url`,
-    `response_length` and `prompt_length`, as `Server` takes them.
+    `response_length` and `prompt_length`, as `Server` takes them, and in `api_key_env` the name of the environment
+    variable that has Seer's key, if it wants one.
     """
 
     def __init__(self, servers: Mapping[str, Any], config: Mapping[str, Any], server: Any = None) -> None:
@@ -254,4 +256,7 @@ def _actor(config: Mapping[str, Any]) -> Any:
     import ray  # noqa: PLC0415 - verl brings it
 
     lengths = {name: int(config[name]) for name in ("response_length", "prompt_length") if name in config}
-    return ray.remote(Server).options(max_concurrency=_CALLS, num_cpus=0).remote(config["seer_url"], **lengths)
+    variable = config.get("api_key_env")
+    headers = {"Authorization": f"Bearer {os.environ[variable]}"} if variable else None
+    actor = ray.remote(Server).options(max_concurrency=_CALLS, num_cpus=0)
+    return actor.remote(config["seer_url"], headers=headers, **lengths)
