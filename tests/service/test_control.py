@@ -287,14 +287,14 @@ async def test_abort_requests(engines: list[MockProcess]) -> None:
 
 async def test_an_abort_hands_back_what_engines_have_sampled(engines: list[MockProcess]) -> None:
     """In the middle of a chunk, and what waits for the resume ends with nothing."""
-    options = GroupOptions(sampling=Sampling(max_tokens=200, ignore_eos=True), chunk_size=200)
+    options = GroupOptions(sampling=Sampling(max_tokens=5000, ignore_eos=True), chunk_size=5000)
     async with trainer(engines[:2]) as it:
         ticket = it.submit(1, options=options)
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.4)
         await it.post("/pause", mode="abort")
         samples = await ticket.all()
         assert {sample.finish_reason for sample in samples} == {"abort"}
-        assert all(0 < len(sample.token_ids) < 200 for sample in samples)
+        assert all(0 < len(sample.token_ids) < 5000 for sample in samples)
         late, later = it.submit(2), it.submit(2)
         assert (await it.post("/abort_requests", {"request_ids": late.requests}))["aborted"] == 4
         assert [(sample.finish_reason, sample.token_ids) for sample in await late.all()] == [("abort", [])] * 4

@@ -20,15 +20,21 @@ if TYPE_CHECKING:
     from seer_servers.trainers.verl import TokenOutput
     from tests.live.engines import MockProcess
 
+MOST = 2000
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "repetition_penalty": 1.0, "logprobs": True, "seed": 3}
 """As verl's agent loops make them of its config, and a seed."""
-LONG = SAMPLING | {"ignore_eos": True, "max_tokens": 400}
+LONG = SAMPLING | {"ignore_eos": True, "max_tokens": MOST}
 
 
 @asynccontextmanager
 async def seamed(engines: list[MockProcess]) -> AsyncIterator[tuple[Service, Server]]:
     async with served(engines) as (service, http):
         yield service, Server(str(http.base_url), response_length=60, prompt_length=20)
+
+
+async def under_way(service: Service) -> None:
+    while service.core.tokens < 64:
+        await asyncio.sleep(0.01)
 
 
 async def resumed(server: Server, prompt: list[int], sampling: dict[str, Any]) -> tuple[list[TokenOutput], list[int]]:
@@ -68,21 +74,21 @@ async def test_abort_and_resume(engines: list[MockProcess]) -> None:
     """A partial rollout: aborted in the middle, held while paused, gone on with after the resume."""
     async with seamed(engines) as (service, server):
         task = asyncio.create_task(resumed(server, PROMPT, LONG))
-        await asyncio.sleep(0.2)
+        await under_way(service)
         await server.abort_all_requests()
         await asyncio.sleep(0.2)
         assert not task.done(), "the rest waits for the resume"
         await server.resume_generation()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             outputs, tokens = await task
         first, second = outputs
         assert (first.stop_reason, second.stop_reason) == ("aborted", "completed")
-        whole, logprobs, _ = reference_response(PROMPT, 3, 400, model=MODEL, ignore_eos=True)
+        whole, logprobs, _ = reference_response(PROMPT, 3, MOST, model=MODEL, ignore_eos=True)
         begun = len(first.token_ids)
-        assert 16 < begun < 400 and first.token_ids == whole[:begun]
+        assert 16 < begun < MOST and first.token_ids == whole[:begun]
         assert first.log_probs == pytest.approx(logprobs[:begun])
-        rest, _, _ = reference_response(PROMPT + first.token_ids, 3, 400 - begun, model=MODEL, ignore_eos=True)
-        assert second.token_ids == rest and len(tokens) == 400
+        rest, _, _ = reference_response(PROMPT + first.token_ids, 3, MOST - begun, model=MODEL, ignore_eos=True)
+        assert second.token_ids == rest and len(tokens) == MOST
         assert not service.core.buffer.open
 
 
@@ -96,9 +102,9 @@ async def test_a_server_that_leaves_rejects(engines: list[MockProcess]) -> None:
 
 
 async def test_one_request_is_aborted(engines: list[MockProcess]) -> None:
-    async with seamed(engines) as (_, server):
+    async with seamed(engines) as (service, server):
         one, other = (asyncio.create_task(server.generate(PROMPT, LONG, name)) for name in ("one", "other"))
-        await asyncio.sleep(0.2)
+        await under_way(service)
         assert await server.abort_request("one") == {"aborted": True, "request_id": "one"}
         assert await server.abort_request("nobody") == {"aborted": False, "request_id": "nobody"}
         assert (await one).stop_reason == "aborted"
@@ -110,7 +116,7 @@ async def test_weights(engines: list[MockProcess]) -> None:
     async with seamed(engines) as (service, server):
         await server.set_global_steps(1)
         task = asyncio.create_task(resumed(server, PROMPT, LONG))
-        await asyncio.sleep(0.2)
+        await under_way(service)
         await server.abort_all_requests()
         await server.clear_kv_cache()
         await server.sleep()
@@ -118,12 +124,12 @@ async def test_weights(engines: list[MockProcess]) -> None:
         await server.wake_up(["kv_cache"])
         await server.set_global_steps(2)
         await server.resume_generation()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             (first, second), _ = await task
         assert service.core.version == "step-2"
         assert first.extra_fields == {"global_steps": 1, "min_global_steps": 1, "max_global_steps": 1}
         assert second.extra_fields == {"global_steps": 2, "min_global_steps": 2, "max_global_steps": 2}
-        prompt, left = PROMPT + first.token_ids, 400 - len(first.token_ids)
+        prompt, left = PROMPT + first.token_ids, MOST - len(first.token_ids)
         new = LanguageModel(mean_length=60.0, version="step-2")
         assert second.token_ids == reference_response(prompt, 3, left, model=new, ignore_eos=True)[0]
 

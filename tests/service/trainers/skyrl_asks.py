@@ -20,7 +20,7 @@ PARAMS = {
     "temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "logprobs": 1, "stop": None,
 }  # fmt: skip
 """As SkyRL's `get_vllm_sampling_params` makes them of its config."""
-LONG = PARAMS | {"max_tokens": 400, "ignore_eos": True, "seed": 3}
+LONG = PARAMS | {"max_tokens": 2000, "ignore_eos": True, "seed": 3}
 
 
 def main(url: str) -> None:
@@ -80,13 +80,21 @@ def _batch(params: dict[str, Any], prompts: list[list[int]] = PROMPTS) -> dict[s
 
 async def _paused(client: Any, mode: str) -> dict[str, Any]:
     """What comes out of requests that are paused in their middle."""
+    before = await _generated(client)
     task = asyncio.ensure_future(client.generate(_batch(LONG)))
-    await asyncio.sleep(0.25)
+    while await _generated(client) < before + 200:
+        await asyncio.sleep(0.02)
     await client.pause(mode)
-    await asyncio.sleep(0.25)
-    ended = task.done()
+    ended, _ = await asyncio.wait([task], timeout=20 if mode == "abort" else 0.3)
     await client.resume()
-    return await task | {"ended_in_the_pause": ended}
+    return await task | {"ended_in_the_pause": bool(ended)}
+
+
+async def _generated(client: Any) -> int:
+    """Tokens that the engines have sampled."""
+    session = await client._get_session()
+    async with session.get(f"{client.proxy_url}/workers") as reply:
+        return sum(worker["generated"] for worker in (await reply.json())["workers"])
 
 
 def _transferred(sync: Any, world: int) -> str:
