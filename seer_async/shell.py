@@ -32,7 +32,7 @@ from seer_async.events import (
     Woke,
 )
 from seer_async.snapshot import Snapshot, take_snapshot
-from seer_async.wire import CallSpec
+from seer_async.wire import CallSpec, cache_salt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -248,7 +248,7 @@ class Shell:
             model=dispatch.model or info.model,
             prefix=dispatch.prefix,
             params=dispatch.params,
-            cache_salt=f"{self._core.run}:{dispatch.weight_version}{dispatch.salt}",
+            cache_salt=cache_salt(self._core.run, dispatch.weight_version, dispatch.salt),
             max_tokens=dispatch.max_tokens,
             vocab_size=info.vocab_size,
             load=self._config.engine.kv_pool or info.kv_pool is None,

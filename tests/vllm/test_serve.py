@@ -32,6 +32,8 @@ NOT_COMPARED = {"id", "request_id", "created", "system_fingerprint", "metrics", 
 CASES: list[tuple[str, dict[str, Any]]] = [
     (COMPLETIONS, {"prompt": ["The sea is", "One, two,"], "logprobs": 2} | IDS | GREEDY),
     (COMPLETIONS, {"prompt": "The sea is", "stop": [" the", "\n\n"]} | IDS | GREEDY),
+    (COMPLETIONS, {"prompt": "The sea is", "cache_salt": "mine"} | GREEDY),
+    (GENERATE, {"token_ids": [504, 3413], "cache_salt": "mine", "sampling_params": GREEDY}),
     (COMPLETIONS, {"prompt": "The sea is", "stop_token_ids": [30, 28, 282], "logprobs": 0} | IDS | GREEDY),
     (COMPLETIONS, {"prompt": "The sea is", "stop": " blue", "include_stop_str_in_output": True} | IDS | GREEDY),
     (COMPLETIONS, {"prompt": [[504, 3413, 314]], "logprobs": 1, "return_tokens_as_token_ids": True} | IDS | GREEDY),
@@ -59,6 +61,8 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     (CHAT, {"messages": MESSAGES, "logprobs": True, "top_logprobs": MOST + 1}),
     (CHAT, {"messages": MESSAGES, "top_logprobs": 2}),
     (CHAT, {"messages": []}),
+    (COMPLETIONS, {"prompt": "x", "cache_salt": "a/b"}),
+    (GENERATE, {"token_ids": [504], "sampling_params": {}, "cache_salt": "a@b"}),
 ]
 
 
@@ -131,7 +135,7 @@ async def streamed(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -
         "token_ids": [[token for piece in pieces for token in piece.get("token_ids") or []] for pieces in responses],
         "ends": [[piece[name] for piece in pieces if piece.get(name)] for pieces in responses for name in _ENDS],
         "logprobs": [_joined([piece["logprobs"] for piece in pieces if piece.get("logprobs")]) for pieces in responses],
-        "prompts": [each for each in map(_prompt, (*events, *(c for e in events for c in e["choices"]))) if each],
+        "prompts": sorted(filter(None, map(_prompt, (*events, *(c for e in events for c in e["choices"]))))),
         "usage": events[-1]["usage"],
         "events": {event.get("object") for event in events},
         "ids": {_id(event).rpartition("-")[0] for event in events},
