@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.vllm
 
 PROMPT = [504, 3413, 314]
-LENGTH, N = 64, 4
+LENGTH, N = 48, 3
 
 
 class Trainer:
