@@ -31,8 +31,9 @@ from seer_async.events import (
     Wake,
     Woke,
 )
+from seer_async.salt import cache_salt
 from seer_async.snapshot import Snapshot, take_snapshot
-from seer_async.wire import CallSpec, cache_salt
+from seer_async.wire import CallSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

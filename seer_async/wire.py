@@ -10,7 +10,6 @@ OpenAI-style /v1/completions that every server has.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,20 +24,7 @@ if TYPE_CHECKING:
 _LOGPROB_FLOOR = -9999.0  # what vLLM writes for minus infinity and NaN
 _LOGPROB_SLACK = 1e-3  # a log-softmax in low precision may round above 0
 _TOKEN_ID_END = 2**31
-_SALT_END, _SALT_FORBIDDEN = 128, frozenset("@/\\\0")
 _FINISH_REASONS = frozenset({"stop", "length", "abort"})
-
-
-def cache_salt(run: str, version: str, more: str) -> str:
-    """The salt of calls that may share KV: those of one run, weight version and whatever else keeps KV apart.
-
-    The run comes first, so that its blocks in a pool can be found. Engines refuse some characters and long salts, so
-    what is not simply a version becomes a digest.
-    """
-    plain = f"{run}:{version}"
-    if not more and len(plain) <= _SALT_END and _SALT_FORBIDDEN.isdisjoint(version):
-        return plain
-    return f"{run}:{hashlib.blake2b(repr((version, more)).encode(), digest_size=16).hexdigest()}"
 
 
 class CallSpec(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,8 +7,9 @@ import msgspec
 import pytest
 
 from seer_async.errors import EngineError, FailureKind
+from seer_async.salt import cache_salt
 from seer_async.types import EngineInfo, TopLogprob, VersionSpan
-from seer_async.wire import DIALECTS, CallSpec, cache_salt, dialect_for
+from seer_async.wire import DIALECTS, CallSpec, dialect_for
 
 SPEC = CallSpec(
     request_id="run-0-1",
