@@ -42,6 +42,7 @@ class Answer(msgspec.Struct, frozen=True):
 class _Model(msgspec.Struct):
     id: str
     root: str | None = None
+    parent: str | None = None  # of a LoRA adapter
     max_model_len: int | None = None
 
 
@@ -55,6 +56,7 @@ class _SeerInfo(msgspec.Struct):
     max_model_len: int
     block_size: int
     num_blocks: int
+    aliases: tuple[str, ...] = ()
     root: str | None = None
     max_num_seqs: int | None = None
     vocab_size: int | None = None
@@ -174,6 +176,7 @@ class EngineClient:
         return EngineInfo(
             boot=metrics.boot,
             model=said.model,
+            aliases=said.aliases,
             root=said.root,
             max_model_len=said.max_model_len,
             block_size=said.block_size,
@@ -200,6 +203,7 @@ class EngineClient:
         return EngineInfo(
             boot=metrics.boot,
             model=model.id,
+            aliases=tuple(other.id for other in models.data[1:] if other.parent is None),
             root=model.root,
             max_model_len=model.max_model_len,
             block_size=metrics.cache_int("block_size"),

@@ -339,7 +339,7 @@ class Service:
     def lose_weights(self) -> None:
         """No engine has weights any more: nothing is sampled before the next `set_version`."""
         self._serial += 1
-        self._lost_weights = f"none-{self._serial}"
+        self._lost_weights = f"none since sleep {self._serial}"
         self._shell.post(VersionSet(version=self._lost_weights))
 
     @property

@@ -181,6 +181,16 @@ class TestPlacement:
         assert min(sizes) > 20 << 30
         assert sum(size + 1000 + placement.GPU_OVERHEAD_BYTES for size in sizes) <= 81559 << 20
 
+    def test_room_is_left_for_an_engine_that_starts_later(self, driver: None, tmp_path: Path) -> None:
+        """One that is told its KV asks for no more than it takes; vLLM would want nine tenths to be free."""
+        (tmp_path / "model.safetensors").write_bytes(b"w" * 1000)
+        first, second = placement.place(2, str(tmp_path), 8 << 30)
+        assert first.options["--kv-cache-memory-bytes"] == str(8 << 30)
+        assert 0.13 < float(first.options["--gpu-memory-utilization"] or 0) < 0.15
+        assert 0.27 < float(second.options["--gpu-memory-utilization"] or 0) < 0.28
+        with pytest.raises(FleetError, match="do not fit on GPU 1"):
+            placement.place(2, str(tmp_path), 40 << 30)
+
     def test_too_many_for_the_gpus(self, driver: None) -> None:
         with pytest.raises(FleetError, match="do not fit on GPU 1"):
             placement.place(40, "m")

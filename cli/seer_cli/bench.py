@@ -6,14 +6,14 @@ interleaved, medians and ratios are quoted. `bench core` measures what the orche
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import msgspec
 import typer
 import uvloop
-from rich.console import Console
 
 from seer_async.config import Config, resolve
 from seer_async.dataset import default_dataset, read_dataset
@@ -25,9 +25,12 @@ from seer_cli.engines import local_spec
 from seer_cli.fleetbench import fleet
 from seer_cli.kvbench import Figures, measure_pool
 from seer_cli.load import measure_core
-from seer_cli.output import print_json
+from seer_cli.output import print_json, print_table
 from seer_cli.rollout import engine_urls
 from seer_cli.servebench import measure_serve
+
+if TYPE_CHECKING:
+    from seer_cli.specbench import Turn
 
 bench = typer.Typer(help="Measure policies on a live fleet, and the orchestrator itself.", no_args_is_help=True)
 bench.command("draft-server")(bench_draft_server)
@@ -35,6 +38,7 @@ bench.command("fleet")(fleet)
 bench.command("index")(index)
 bench.command("replay")(replay)
 
+_WIDTH = 120  # of a table that is not shown on a terminal
 _Servers = Annotated[
     list[str] | None,
     typer.Option(
@@ -97,17 +101,33 @@ def drafts(
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest response.")] = 192,
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 3,
     draft_tokens: Annotated[int, typer.Option(min=1, max=64, help="Longest draft.")] = 8,
+    waves: Annotated[
+        int, typer.Option(min=1, help="Responses of a turn for each request at once, at least; whole groups are used.")
+    ] = 2,
+    dataset: Annotated[
+        Path | None, typer.Option(help="Prompts. [default: those that ship with Seer]", show_default=False)
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Model folder. [default: a small model, fetched once]")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Longest sequence of the engines.")] = None,
+    kv_cache_gib: Annotated[float, typer.Option(min=0.1, help="KV cache of each engine, GiB.")] = 1.0,
+    out: Annotated[
+        Path | None, typer.Option(help="Add each turn to this JSONL file as it ends.", show_default=False)
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print every turn and score as JSON on stdout.")] = False,
 ) -> None:
     """Measure drafting: engines that draft in different ways, at the same requests, against one that does not."""
     from seer_cli.specbench import BASELINE, Point, measure_drafts, score_table, scores  # noqa: PLC0415 - heavy
 
-    config = resolve({"fleet": {"model": model, "draft_tokens": draft_tokens, "kv_cache_gib": 1.0}})
+    fleet = {"draft_tokens": draft_tokens, "kv_cache_gib": kv_cache_gib, "model": model, "max_model_len": max_model_len}
+    config = resolve({"fleet": fleet})
     points = [Point(b, t) for t in temperature or [0.6, 1.0] for b in batch or [1, 4, 16, 64]]
     points += [Point(4, t, elsewhere=True) for t in temperature or [0.6, 1.0]] if elsewhere else []
-    prompts = read_dataset(default_dataset())
-    with tempfile.TemporaryDirectory() as scratch, make_display("plain") as display:
+    prompts = read_dataset(dataset or default_dataset())
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        make_display("plain") as display,
+        out.open("ab") if out else contextlib.nullcontext() as file,
+    ):
         turns = uvloop.run(
             measure_drafts(
                 local_spec(config.fleet),
@@ -118,13 +138,21 @@ def drafts(
                 siblings=siblings,
                 max_tokens=max_tokens,
                 repeats=repeats,
+                waves=waves,
                 say=display.phase,
+                keep=lambda turn: _append(file, turn),
             )
         )
     if json:
         print_json({"turns": msgspec.to_builtins(turns), "scores": msgspec.to_builtins(scores(turns))})
     else:
-        Console().print(score_table(turns))
+        print_table(score_table(turns), width=_WIDTH)
+
+
+def _append(file: BinaryIO | None, turn: Turn) -> None:
+    if file:
+        file.write(msgspec.json.encode(turn) + b"\n")
+        file.flush()
 
 
 @bench.command("core")

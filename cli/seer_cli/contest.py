@@ -1,5 +1,7 @@
 """Contenders on live engines: the same responses of the same forced lengths, in turn, round after round.
 
+Each round may have lengths of its own; all contenders of a round have the same.
+
 Engines that draft in different ways are different fleets. All are up from the beginning and one is used at a time, so
 contenders can be interleaved.
 """
@@ -88,12 +90,13 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 class Result(msgspec.Struct, frozen=True, kw_only=True):
     """All runs.
 
-    `bound_s`: seconds that no run without drafts can beat (all work at the fleet's peak rate, or the longest alone).
+    `bounds_s`, by round: seconds that no run without drafts can beat (all work at the fleet's peak rate, or the longest
+    alone).
     """
 
     runs: list[Run]
     solo_step_s: float
-    bound_s: float
+    bounds_s: list[float]
 
 
 class Work(msgspec.Struct, frozen=True, kw_only=True):
@@ -125,26 +128,20 @@ class Contest:
         self._servers = servers
         self._scratch = scratch
         self._display = display
-        self._table = scratch / "lengths.jsonl"
 
-    async def run(self, entries: Sequence[Entry], work: Work, rounds: int) -> Result:
+    async def run(self, entries: Sequence[Entry], rounds: Sequence[Work]) -> Result:
         """Interleaved: every round begins with another contender."""
-        self._table.write_bytes(
-            b"".join(msgspec.json.encode({"id": i, "length": v}) + b"\n" for i, v in work.lengths.items())
-        )
         runs: list[Run] = []
         async with self._fleets(entries) as fleets:
             plain = next(iter(fleets.values()))
-            prompts = await plain.tokenise(work.prompts + work.spare)
-            count = len(work.prompts)
-            work = msgspec.structs.replace(work, prompts=prompts[:count], spare=prompts[count:])
             solo = await _solo_step(plain)
-            for number in range(rounds):
+            for number, untokenised in enumerate(rounds):
+                work = await _tokenised(plain, untokenised)
                 first = number % len(entries)
                 for entry in [*entries[first:], *entries[:first]]:
                     runs.append(await self._one(entry, number, fleets[entry.draft], work))
                     self._display.phase(told(runs[-1]))
-        return Result(runs=runs, solo_step_s=solo, bound_s=_bound(runs, entries, work, solo))
+        return Result(runs=runs, solo_step_s=solo, bounds_s=[_bound(runs, entries, work, solo) for work in rounds])
 
     @contextlib.asynccontextmanager
     async def _fleets(self, entries: Sequence[Entry]) -> AsyncIterator[dict[str, Fleet]]:
@@ -192,7 +189,11 @@ class Contest:
     async def _roll(self, entry: Entry, path: Path, fleet: Fleet, work: Work, watch: Watch) -> tuple[int, int]:
         """Sample through our own core; returns moves and failed samples."""
         prompts = work.issued(unbiased=find_policy(entry.policy).unbiased)
-        scheduler = {"policy": entry.policy, "lengths": str(self._table), "force_lengths": True}
+        table = path.with_name(f"{path.name}.lengths.jsonl")
+        table.write_bytes(
+            b"".join(msgspec.json.encode({"id": i, "length": v}) + b"\n" for i, v in work.lengths.items())
+        )
+        scheduler = {"policy": entry.policy, "lengths": str(table), "force_lengths": True}
         chosen = {"scheduler": scheduler | {"over_issue": _OVER_ISSUE}, "engine": {"kv_pool": entry.pool}}
         config = resolve(self._tree, chosen)
         folder = RunFolder.create(path, config, prompts, dataset="bench", command=[])
@@ -220,6 +221,11 @@ def _bound(runs: Sequence[Run], entries: Sequence[Entry], work: Work, solo_step_
     peak = max((run.peak_rate for run in runs if run.contender in plain), default=0.0)
     alone = max(work.needed.values()) * solo_step_s
     return max(sum(work.needed.values()) / peak, alone) if peak else alone
+
+
+async def _tokenised(fleet: Fleet, work: Work) -> Work:
+    prompts, count = await fleet.tokenise(work.prompts + work.spare), len(work.prompts)
+    return msgspec.structs.replace(work, prompts=prompts[:count], spare=prompts[count:])
 
 
 async def _solo_step(fleet: Fleet) -> float:

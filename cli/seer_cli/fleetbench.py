@@ -13,6 +13,7 @@ import typer
 import uvloop
 from rich.table import Table
 
+from seer_async.config import merge, parse_setting
 from seer_async.dataset import default_dataset, read_dataset
 from seer_async.errors import UsageError
 from seer_async.simulation.workload import responses
@@ -66,7 +67,7 @@ def fleet(
         float, typer.Option(min=0, max=1, help="How much of the lengths' spread is between groups.")
     ] = 0.9,
     chunk_size: Annotated[int, typer.Option(help="Tokens of a chunk.")] = 64,
-    repeats: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 2,
+    repeats: Annotated[int, typer.Option(min=1, help="Interleaved rounds, each with other lengths.")] = 3,
     kv_blocks: Annotated[
         int, typer.Option(min=0, help="KV blocks in each local engine: few make KV scarce, 0 is ample.")
     ] = 96,
@@ -81,7 +82,15 @@ def fleet(
         ),
     ] = None,
     engines: Annotated[int, typer.Option("--engines", help="Local engines to start, of each kind.")] = 2,
-    seed: Annotated[int, typer.Option(help="Seeds the lengths.")] = 0,
+    model: Annotated[
+        str | None, typer.Option(help="Model folder of the local engines. [default: a small model, fetched once]")
+    ] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Longest sequence of the local engines.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any other setting of all contenders, section.key=value.", show_default=False),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seeds the lengths of the first round; 1 more for each.")] = 0,
     trace: Annotated[
         Path | None,
         typer.Option(
@@ -99,18 +108,28 @@ def fleet(
     names = [name for given in contender or _DEFAULT for name in (_ALL if given == "all" else (given,))]
     entries = [parse_entry(name) for name in dict.fromkeys(names)]
     if trace:
-        work = _replayed(trace, groups, n)
+        rounds = [_replayed(trace, groups, n)] * repeats
     else:
-        work = _generated(groups, n, mean=mean, longest=longest, correlation=correlation, seed=seed)
+        rounds = [
+            _generated(groups, n, mean=mean, longest=longest, correlation=correlation, seed=seed + number)
+            for number in range(repeats)
+        ]
     tree = {
         "rollout": {"n": n, "chunk_size": chunk_size},
-        "sampling": {"max_tokens": max(work.lengths.values()), "seed": seed},
-        "fleet": {"engines": engines, "kv_blocks": kv_blocks or None, "kv_pool": kv_pool},
+        "sampling": {"max_tokens": max(max(work.lengths.values()) for work in rounds), "seed": seed},
+        "fleet": {
+            "engines": engines,
+            "model": model,
+            "max_model_len": max_model_len,
+            "kv_blocks": kv_blocks or None,
+            "kv_pool": kv_pool,
+        },
         "output": {"trace": False},
     }
+    tree = merge(tree, *map(parse_setting, set_ or []))
     with tempfile.TemporaryDirectory() as scratch, make_display("plain") as display:
         contest = Contest(tree, _servers(server or [], entries), Path(scratch), display)
-        result = uvloop.run(contest.run(entries, work, repeats))
+        result = uvloop.run(contest.run(entries, rounds))
     record = {"settings": tree, "trace": str(trace) if trace else None} | msgspec.to_builtins(result)
     if out:
         out.write_bytes(msgspec.json.format(msgspec.json.encode(record)))
@@ -188,7 +207,7 @@ def _cells(runs: Sequence[Run], base: Sequence[Run], rival: Sequence[Run], entry
         f"{_median(runs, lambda run: run.pooled):.0f}",
         f"{statistics.median(accepted):.2f}" if accepted else "",
         f"{_ratio(runs, rival, lambda run: run.outcome.throughput):.0%}" if rival else "",
-        f"{result.bound_s / seconds:.0%}" if bounded else "",
+        f"{statistics.median(result.bounds_s[run.round] / run.outcome.seconds for run in runs):.0%}" if bounded else "",
     ]
 
 

@@ -23,6 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.table import Table
 
 from seer_async.engine import EngineClient, engine_session
+from seer_async.errors import UsageError
 from seer_async.sampling import Sampling, call_params, mix_seed
 from seer_async.wire import CallSpec
 from seer_servers.fleet import EngineSpec, LocalFleet
@@ -42,6 +43,13 @@ _ONE_CORE = {"OMP_NUM_THREADS": "1", "OMP_PROC_BIND": "false"}  # as in a fleet 
 _TIMEOUT_S = 900.0
 _STRIDE = 7  # prompts between the groups of one turn and the next
 _SETTLE_S = 0.6  # counters reach /metrics, and siblings the other engine
+_COUNTERS = {  # of a turn, and their metrics: vLLM's own, and our drafter's
+    "drafts": "vllm:spec_decode_num_drafts",
+    "drafted": "vllm:spec_decode_num_draft_tokens",
+    "accepted": "vllm:spec_decode_num_accepted_tokens",
+    "steps": "seer:draft_steps",
+    "steps_off": "seer:draft_steps_off",
+}
 
 
 class Point(msgspec.Struct, frozen=True):
@@ -64,6 +72,8 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True):
     drafted: int
     accepted: int
     drafts: int  # drafts verified, one a request and step
+    steps: int  # as a grouped drafter counts them
+    steps_off: int  # of which it had switched itself off
 
 
 class Score(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,6 +87,7 @@ class Score(msgspec.Struct, frozen=True, kw_only=True):
     cpu_speedup: float
     tokens_per_draft: float  # mean acceptance length of the drafted steps, bonus token included
     drafted_share: float  # of the tokens that were generated, those that a draft had right
+    off_share: float  # of the steps, those in which a grouped drafter had switched itself off
 
 
 class Engine:
@@ -97,16 +108,16 @@ class Engine:
                 total += times.user + times.system
         return total
 
-    async def counters(self) -> tuple[int, int, int]:
-        """VLLM's totals: drafts verified, tokens drafted, tokens accepted."""
+    async def counters(self) -> dict[str, int]:
+        """Totals of what `_COUNTERS` names."""
         async with self._session.get(f"{self._local.url}/metrics") as reply:
             page = await reply.text()
-        totals = dict.fromkeys(("num_drafts", "num_draft_tokens", "num_accepted_tokens"), 0)
+        totals = dict.fromkeys(_COUNTERS, 0)
         for family in text_string_to_metric_families(page):
-            name = family.name.removeprefix("vllm:spec_decode_")
-            if name in totals:
-                totals[name] = int(sum(s.value for s in family.samples if s.name.endswith("_total")))
-        return totals["num_drafts"], totals["num_draft_tokens"], totals["num_accepted_tokens"]
+            for name, metric in _COUNTERS.items():
+                if family.name == metric:
+                    totals[name] = int(sum(s.value for s in family.samples if s.name.endswith("_total")))
+        return totals
 
     async def tokens(self, prompt: Prompt) -> list[int]:
         """A prompt's token ids."""
@@ -169,7 +180,7 @@ class Contender:
         tokens = await _run_all(engine, work, point.batch, run, sampling)
         seconds, used = time.perf_counter() - start, engine.cpu_s() - cpu
         await asyncio.sleep(_SETTLE_S)
-        drafts, drafted, accepted = (b - a for a, b in zip(counters, await engine.counters(), strict=True))
+        counted = {name: total - counters[name] for name, total in (await engine.counters()).items()}
         return Turn(
             contender=self.name,
             point=point,
@@ -177,9 +188,7 @@ class Contender:
             tokens=tokens,
             seconds=seconds,
             cpu_s=used,
-            drafts=drafts,
-            drafted=drafted,
-            accepted=accepted,
+            **counted,
         )
 
 
@@ -208,14 +217,21 @@ async def measure_drafts(
     siblings: int,
     max_tokens: int,
     repeats: int,
+    waves: int,
     say: Callable[[str], None],
+    keep: Callable[[Turn], None],
 ) -> list[Turn]:
     """Measure contenders on local engines of `spec`, each with its own way to draft.
 
+    A turn is of at least `waves` responses for each request at once; `keep` is given each turn as it ends.
+
     Raises:
         FleetError: An engine does not start.
+        UsageError: There are too few prompts for a turn.
     """
     turns: list[Turn] = []
+    if (most := max(_groups(point, siblings, waves) for point in points)) > len(prompts):
+        raise UsageError(f"a turn needs {most} prompts and there are {len(prompts)}: use a smaller --batch or --waves")
     elsewhere = any(point.elsewhere for point in points)
     async with contextlib.AsyncExitStack() as stack:
         session = await stack.enter_async_context(engine_session())
@@ -228,7 +244,7 @@ async def measure_drafts(
             lanes.append(Contender(name, [await _engine(local, session) for local in fleet.engines]))
         tokenised = await lanes[0].tokenise(prompts)
         for number, point in enumerate(points):
-            count = _groups(point, siblings)
+            count = _groups(point, siblings, waves)
             for repeat in range(repeats):
                 # The same for all contenders, and never twice: an engine that remembers would only repeat itself.
                 turn = number * repeats + repeat
@@ -237,12 +253,13 @@ async def measure_drafts(
                 for name, lane in _rotated(list(zip(contenders, lanes, strict=True)), repeat):
                     turns.append(await lane.turn(point, repeat, groups, siblings, sampling))
                     say(_line(turns[-1], name))
+                    keep(turns[-1])
     return turns
 
 
-def _groups(point: Point, siblings: int) -> int:
+def _groups(point: Point, siblings: int, waves: int) -> int:
     """Enough work that the batch stays full for most of the turn."""
-    return max(1, -(-2 * point.batch // siblings)) * (2 if point.elsewhere else 1)
+    return max(1, -(-waves * point.batch // siblings)) * (2 if point.elsewhere else 1)
 
 
 async def _engine(local: LocalEngine, session: aiohttp.ClientSession) -> Engine:
@@ -293,6 +310,7 @@ def _score(mine: Sequence[Turn], base: dict[int, Turn]) -> Score:
         cpu_speedup=_median([t.tokens / t.cpu_s * b.cpu_s / b.tokens for t, b in ratios]),
         tokens_per_draft=1 + accepted / drafts if drafts else 1.0,
         drafted_share=accepted / max(1, sum(turn.tokens for turn in mine)),
+        off_share=sum(turn.steps_off for turn in mine) / max(1, sum(turn.steps for turn in mine)),
     )
 
 
@@ -309,6 +327,7 @@ def score_table(turns: Sequence[Turn]) -> Table:
         "ratio",
         "tokens/draft",
         "drafted",
+        "steps off",
     ):
         table.add_column(heading, justify="left" if heading == "drafts" else "right")
     for score in scores(turns):
@@ -323,6 +342,7 @@ def score_table(turns: Sequence[Turn]) -> Table:
             f"{score.cpu_speedup:.2f}",
             f"{score.tokens_per_draft:.2f}",
             f"{score.drafted_share:.0%}",
+            f"{score.off_share:.0%}",
         )
     return table
 

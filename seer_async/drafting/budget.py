@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from seer_async.drafting.duel import Duel
+from seer_async.drafting.duel import Duels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,7 +38,7 @@ class Budget:
     def __init__(self, times: StepTime) -> None:
         self.times = times
         self.switch_offs = 0
-        self._duels: dict[int, Duel] = {}
+        self._duels = Duels(trusting=True)  # drafts are made only where the model expects a gain
         self._drafting = True  # allowed in the step that runs now
         self._step = 0
         self._idle = 0  # steps in a row without a gain
@@ -55,17 +55,14 @@ class Budget:
     def learn(self, requests: int, drafts: int, generated: int, milliseconds: float) -> None:
         """Take in a step in which every one of `requests` decoded: drafts verified, tokens generated, and its time."""
         self.times.learn(requests, drafts, milliseconds)
-        self._duel(requests).step(drafted=self._drafting, wait=milliseconds, tokens=generated / requests)
+        self._duels.at(requests).step(drafted=self._drafting, wait=milliseconds, tokens=generated / requests)
 
     def wants_drafts(self, requests: int) -> bool:
         """Whether drafts for the next step, of `requests`, are worth looking for; call it once a step."""
         self._step += 1
-        before, self._drafting = self._drafting, not requests or self._duel(requests).drafting
+        before, self._drafting = self._drafting, not requests or self._duels.at(requests).drafting
         self.switch_offs += before and not self._drafting
         return self._drafting and self._step % (TRY_EVERY if self._tired else 1) == 0
-
-    def _duel(self, requests: int) -> Duel:
-        return self._duels.setdefault(requests.bit_length(), Duel(requests))
 
     def allot(self, survival: Sequence[Sequence[float]], weights: Sequence[float]) -> list[int]:
         """Drafted tokens for each request of the batch.

@@ -1,42 +1,134 @@
 """Drafting against not drafting, decided by trying: whatever a model of costs believes, the clock has the last word.
 
-A trial times short blocks of steps, with drafting and without, in pairs; drafting goes on after it if it won by
+A trial times short blocks of steps, without drafting and with, in pairs; drafting goes on after it if it won by
 `MARGIN` in three pairs of four. Pairs, and the turn of who begins, keep out what changes meanwhile: contexts grow,
 machines are shared. The measure is the time that one request waits for one token: a block's time, over the tokens it
-gave each request.
+gave each request. A trial in which drafting loses beyond doubt ends in the middle of its first block.
+
+What the losing side of a trial loses is paid from a purse that all batch sizes share, and that each step fills by
+`COST` of itself: a batch size that is met for the first time is tried when there is something to spend, and little is
+spent where a loss is large.
 
 Between trials the tokens that drafting brings are watched: where they fall to what would no longer pay, the next trial
-begins at once.
+begins at once. While there is no drafting, a guess of what it would bring (see `outlook`) says whether to try.
 
-Invariants: drafting stays on only after a trial that it won; trials take the losing side at most `COST` of the time, as
-far as the rests between them, of at most `LONGEST` steps, allow.
+Invariants: drafting goes on only where a trial was won, at this batch size or lately at the next larger one (or, with a
+`trusting` start, not yet made); trials cost at most `COST` of the time, beyond the first and as far as a trial's price
+is capped (at what `LONGEST` steps earn).
 """
 
 from __future__ import annotations
 
+from math import hypot, sqrt
 from statistics import median
+from typing import TYPE_CHECKING
 
-SETTLE = 4  # steps under way when sides change
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SETTLE = 4  # steps under way when sides change, and the first of the new side
 COUNTED = 20  # steps of a block whose time is taken
-COUNTED_TOKENS = 80  # or more: what drafts bring to few requests varies
+COUNTED_TOKENS = 60  # or more with drafts: what they bring to few requests varies
+LOOK = 6  # steps after which a block with drafts may be given up: it has then lost,
+LUCK = 12  # even if so many tokens more had been right,
+ERRORS = 3.0  # by so many standard errors
 WINS, LOSSES = 3, 2  # pairs that end a trial
 MARGIN = 1.02
 COST = 0.005
+FIRST = 32  # steps at a batch size before its first trial
 SHORTEST, LONGEST = 256, 4096  # steps between trials
+NEEDED = 1.15  # tokens of a request and step that pay, before a trial has told
+PROMISING = 1.2  # a guess of so many times what pays is followed even on credit
+
+
+class Purse:
+    """What trials may cost, in steps of any batch size."""
+
+    def __init__(self) -> None:
+        self._balance = 0.0
+
+    @property
+    def open(self) -> bool:
+        """Whether there is something to spend."""
+        return self._balance >= 0
+
+    def earn(self) -> None:
+        """Count a step."""
+        self._balance = min(self._balance + COST, COST * SHORTEST)
+
+    def pay(self, steps: float) -> None:
+        """Count what a trial lost."""
+        self._balance -= min(steps, COST * LONGEST)
+
+
+class _Block:
+    """Steps of one side in a row."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.tokens = 0.0
+        self._wait = 0.0
+        self._squares = [0.0, 0.0, 0.0]  # wait by wait, by tokens, tokens by tokens
+
+    def add(self, wait: float, tokens: float) -> None:
+        self.steps += 1
+        self._wait += wait
+        self.tokens += tokens
+        for place, square in enumerate((wait * wait, wait * tokens, tokens * tokens)):
+            self._squares[place] += square
+
+    @property
+    def rate(self) -> float:
+        """Seconds a token."""
+        return self.rate_with(0.0)
+
+    def rate_with(self, luck: float) -> float:
+        """Seconds a token, if each request had got `luck` tokens more."""
+        return self._wait / (self.tokens + luck)
+
+    @property
+    def error(self) -> float:
+        """The rate's standard error."""
+        own, mixed, tokens = self._squares
+        return sqrt(max(0.0, own - 2 * self.rate * mixed + self.rate**2 * tokens)) / self.tokens
 
 
 class Duel:
-    """Drafting against not drafting, at a batch size of about `requests`."""
+    """Drafting against not drafting, at a batch size of about `requests`.
 
-    def __init__(self, requests: int) -> None:
-        self.drafting = True
-        self._counted = max(COUNTED, COUNTED_TOKENS // requests)
-        self._resting = False
+    Until its first trial, which begins after `rest` steps, it drafts if `trusting` says so, or as `like` does, the duel
+    at the next larger batch size: where drafting pays, it pays in a smaller batch too. `guess` says how many tokens of
+    a request and step drafting would bring, or None.
+    """
+
+    _resting: bool
+    _needed: float  # tokens of a request and step with drafting: so many, or it would lose
+
+    def __init__(
+        self,
+        requests: int,
+        purse: Purse | None = None,
+        *,
+        trusting: bool = False,
+        like: Duel | None = None,
+        rest: int = FIRST,
+        guess: Callable[[], float | None] = lambda: None,
+    ) -> None:
+        like = like if like and like.drafting and like._resting else None  # noqa: SLF001 - of this class
+        self.drafting: bool = trusting or like is not None
+        self.lost = False  # drafting, in the last trial
+        self._purse = purse or Purse()
+        self._guess = guess
+        self._drafts_counted = max(COUNTED, COUNTED_TOKENS // requests)
+        self._luck = LUCK / requests
         self._gains: list[float] = []  # of drafting, pair by pair: 1.1 is a tenth faster
-        self._waits: dict[bool, float] = {}  # of this pair, by side [s a token]
+        self._pair: dict[bool, _Block] = {}  # this pair's blocks by side
+        self._off: _Block | None = None  # the trial's last block without drafts
+        self._tried = {False: 0, True: 0}  # steps of this trial by side
         self._brought = self._recent = 1.0  # tokens of a request and step with drafting: in the trial, lately
-        self._needed = 0.0  # so many at least, or it would lose
-        self._begin(self._counted)
+        self._needed = like._needed if like else 0.0  # noqa: SLF001 - as above
+        self._resting, self._rest, self._untried = True, rest, True
+        self._begin()
 
     def step(self, *, drafted: bool, wait: float, tokens: float) -> None:
         """Count a step: `wait` seconds, `tokens` for each request."""
@@ -45,48 +137,111 @@ class Duel:
         self._settle -= 1
         if self._settle >= 0:
             return
-        self._left -= 1
-        self._wait += wait
-        self._tokens += tokens
-        self._recent += (tokens - self._recent) / self._counted
-        if self._left <= 0 or self._pays_no_more:
+        self._purse.earn()
+        self._block.add(wait, tokens)
+        self._recent += (tokens - self._recent) / self._drafts_counted
+        if self._resting:
+            if self._is_due or self._pays_no_more:
+                self._try()
+        elif self._block.steps >= (self._drafts_counted if self.drafting else COUNTED):
             self._ended()
+        elif self.drafting and self._block.steps >= LOOK and self._is_lost:
+            self._gains.append(self._gain(self._block))
+            self._tried[True] += SETTLE + self._block.steps
+            self._brought = self._block.tokens / self._block.steps
+            self._settle_for(drafting=False)
+
+    @property
+    def _is_due(self) -> bool:
+        if self._block.steps < self._rest:
+            return False
+        if self.drafting:
+            return self._purse.open or self._untried
+        brings = self._guess()
+        if brings is None:
+            return self._purse.open
+        pays = MARGIN * (self._needed or NEEDED)
+        return brings >= PROMISING * pays or (self._purse.open and (brings >= pays or self._block.steps >= LONGEST))
 
     @property
     def _pays_no_more(self) -> bool:
-        return self._resting and self.drafting and self._recent < self._needed
+        return self.drafting and self._block.steps >= self._drafts_counted and self._recent < self._needed
+
+    @property
+    def _is_lost(self) -> bool:
+        """Whether the block with drafts, which is not over yet, can only lose."""
+        if self._off is None:
+            return False
+        loss = self._block.rate_with(self._luck) - self._off.rate
+        return loss > ERRORS * hypot(self._block.error, self._off.error)
+
+    def _gain(self, drafted: _Block) -> float:
+        assert self._off is not None
+        return self._off.rate / drafted.rate
+
+    def _try(self) -> None:
+        self._resting = self._untried = False
+        self._gains, self._pair, self._off = [], {}, None
+        self._tried = {False: 0, True: 0}
+        self._begin()
 
     def _ended(self) -> None:
-        if self._resting:
-            self._resting, self._gains = False, []
-        elif not self._waits:
-            self._note()
-            self.drafting = not self.drafting
-        else:
-            self._note()
-            self._gains.append(self._waits[False] / self._waits[True])
-            self._waits = {}
-            self._judge()
-        self._begin(self._counted if not self._resting else self._rest())
-
-    def _note(self) -> None:
-        self._waits[self.drafting] = self._wait / self._tokens
+        """A block of a trial is over."""
+        self._pair[self.drafting] = self._block
+        self._tried[self.drafting] += SETTLE + self._block.steps
         if self.drafting:
-            self._brought = self._tokens / self._counted
+            self._brought = self._block.tokens / self._block.steps
+        else:
+            self._off = self._block
+        if len(self._pair) == 1:
+            self.drafting = not self.drafting
+        else:  # the next pair begins with the side that is on
+            self._gains.append(self._gain(self._pair.pop(True)))
+            self._pair = {}
+            wins = sum(gain >= MARGIN for gain in self._gains)
+            if wins >= WINS or len(self._gains) - wins >= LOSSES:
+                self._settle_for(drafting=wins >= WINS)
+                return
+        self._begin()
 
-    def _judge(self) -> None:
-        """End the trial if its outcome is known; else the next pair begins with the side that is on."""
-        wins = sum(gain >= MARGIN for gain in self._gains)
-        if wins >= WINS or len(self._gains) - wins >= LOSSES:
-            self.drafting, self._resting = wins >= WINS, True
-            self._recent, self._needed = self._brought, self._brought / median(self._gains)
-
-    def _rest(self) -> int:
-        """Steps until the next trial, so that what the loser would lose in it is `COST` of them."""
+    def _settle_for(self, *, drafting: bool) -> None:
+        """The trial is over."""
         gain = median(self._gains)
-        tried = self._counted * len(self._gains)
-        return max(SHORTEST, min(LONGEST, round(tried * (max(gain, 1 / gain) - 1) / COST)))
+        self._purse.pay(self._tried[not drafting] * (max(gain, 1 / gain) - 1))
+        self.drafting, self.lost = drafting, not drafting
+        self._resting, self._rest = True, SHORTEST
+        self._recent, self._needed = self._brought, self._brought / gain
+        self._begin()
 
-    def _begin(self, steps: int) -> None:
-        self._left, self._settle = steps, SETTLE
-        self._wait = self._tokens = 0.0
+    def _begin(self) -> None:
+        self._settle, self._block = SETTLE, _Block()
+
+
+class Duels:
+    """A duel for each batch size, by powers of two, and the purse of them all.
+
+    With `trusting`, drafting goes on until it has lost a trial; otherwise it begins when it has won one. `guess` is the
+    duels'.
+    """
+
+    def __init__(self, *, trusting: bool = False, guess: Callable[[], float | None] = lambda: None) -> None:
+        self._trusting = trusting
+        self._guess = guess
+        self._purse = Purse()
+        self._by_size: dict[int, Duel] = {}
+
+    def at(self, requests: int) -> Duel:
+        """The duel at this batch size, of at least 1."""
+        size = (requests - 1).bit_length()
+        if size not in self._by_size:
+            smaller_lost = any(duel.lost for other, duel in self._by_size.items() if other < size)
+            rest = FIRST if self._trusting or not smaller_lost else 4 * SHORTEST  # it pays in a small batch first
+            self._by_size[size] = Duel(
+                requests,
+                self._purse,
+                trusting=self._trusting,
+                like=self._by_size.get(size + 1),
+                rest=rest,
+                guess=self._guess,
+            )
+        return self._by_size[size]

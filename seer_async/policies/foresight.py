@@ -1,55 +1,35 @@
 """Longest likely remainder first: what a group has shown, as a belief about how long each response still is.
 
-A belief is a distribution over the mean of the logarithm of a group's lengths. Finished responses say where it is,
-unfinished ones that it is not far below what they have generated; responses scatter about it by `SPREAD`. What goes
-first is the request with the largest remainder, where a remainder is the power mean of what is left, so that a small
-chance of a long response counts: one that starts late makes the tail.
+What goes first is the request with the largest remainder, where a remainder is the power mean of what is likely to be
+left (`seer_async.belief`), so that a small chance of a long response counts: one that starts late makes the tail.
 
 Differs from `seer`: what a response has generated counts against it; a group whose probe has got far outranks one
 whose probe has just begun; and a response that outlives its siblings is expected to go on. Probes go first to start,
-not to continue.
+not to continue. How alike siblings are is learned from the run.
 """
 
 from __future__ import annotations
 
 import heapq
-import math
+from collections import deque
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from seer_async.belief import Belief, Evidence
 from seer_async.policies.base import Policy
 from seer_async.policies.queues import WaitingQueue
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from numpy.typing import NDArray
-
     from seer_async.config import SchedulerConfig
     from seer_async.context import Context
     from seer_async.request import Group, Request
 
-    Floats = NDArray[np.float64]
-
-POWER = 10.0  # of the mean over remainders: 1 would be the expected one, infinity the longest possible
-SPREAD = 0.25  # standard deviation of the logarithm of a length within a group
-_PRIOR = (-1.7, 1.0)  # mean and deviation of a group's mean log length, relative to the limit's
-_LOGISTIC = 1.702  # the logistic curve of this slope is nearly the normal distribution's
+POWER = 20.0  # of the mean over remainders: 1 would be the expected one, infinity the longest possible
+_FIRST_LESSON = 8  # responses that have ended
+_MORE = 1.25  # so many times as many before the next lesson
+_SAMPLE = 256  # groups to learn from
 _LEAST_SWEEP = 1024
-
-
-class _Scale:
-    """Lengths and means of their logarithms under one limit."""
-
-    def __init__(self, limit: int) -> None:
-        top = math.log(limit)
-        self.means = np.linspace(top - 5, top + 1, 61)
-        logs = np.linspace(top - 6, top + 2, 121)
-        self.lengths = np.minimum(np.exp(logs), limit)
-        self.prior = -0.5 * ((self.means - top - _PRIOR[0]) / _PRIOR[1]) ** 2
-        kernel = np.exp(-0.5 * ((logs - self.means[:, None]) / SPREAD) ** 2)
-        self.shapes = kernel / kernel.sum(axis=1, keepdims=True)  # chances of `lengths` (columns) for each of `means`
 
 
 class Foresight(Policy):
@@ -59,12 +39,19 @@ class Foresight(Policy):
 
     def __init__(self, config: SchedulerConfig, context: Context, lengths: Mapping[str, int] | None = None) -> None:
         super().__init__(config, context, lengths)
+        self.belief = Belief(1)
         self._probes = WaitingQueue()
         self._heap: list[tuple[float, int, int, Request]] = []
         self._keys: dict[Request, float] = {}  # of requests that wait; other entries of the heap are stale
-        self._scales: dict[int, _Scale] = {}
+        self._begun: dict[Group, None] = {}  # groups that have shown something
+        self._past: deque[Evidence] = deque(maxlen=_SAMPLE)  # of groups that are forgotten
+        self._ended: set[Request] = set()  # of groups that are not forgotten
+        self._endings = 0
+        self._lesson_at = float(_FIRST_LESSON)
 
     def wait(self, request: Request) -> None:
+        if request.group.limit > self.belief.limit:
+            self.belief = Belief(request.group.limit)
         if self.is_probe(request) and not request.generated:
             self._probes.push(0, request)
         else:
@@ -74,8 +61,21 @@ class Foresight(Policy):
         self._keys.pop(request, None)
 
     def learned(self, request: Request) -> None:
+        self._begun[request.group] = None
+        if _ended(request) and request not in self._ended:
+            self._ended.add(request)
+            self._endings += 1
+            if self._endings >= self._lesson_at:
+                self._learn()
+                return
         if waiting := [sibling for sibling in request.group.requests if sibling in self._keys]:
             self._rank(request.group, waiting)
+
+    def forget(self, group: Group) -> None:
+        if group in self._begun:
+            del self._begun[group]
+            self._past.append(evidence(group))
+            self._ended.difference_update(group.requests)
 
     def choose(self) -> Request | None:
         return self._probes.peek() or self._first()
@@ -83,33 +83,26 @@ class Foresight(Policy):
     def is_probe(self, request: Request) -> bool:
         return request.index < self.config.probes
 
-    def remainders(self, group: Group, generated: Sequence[int]) -> Floats:
-        """Tokens that responses of the group are likely to have left, after so many generated."""
-        scale = self._scales.get(group.limit) or self._scales.setdefault(group.limit, _Scale(group.limit))
-        chances = self._belief(group, scale) @ scale.shapes
-        left = np.maximum(scale.lengths - np.array(generated, dtype=float)[:, None], 0.0) / group.limit
-        alive = np.maximum((left > 0) @ chances, 1e-12)
-        result: Floats = group.limit * (left**POWER @ chances / alive) ** (1 / POWER)
-        return result
-
-    def _belief(self, group: Group, scale: _Scale) -> Floats:
-        """Chances of `scale.means`, after what the group's responses have shown."""
-        ended = [math.log(r.generated) for r in group.requests if _ended(r)]
-        going = [math.log(r.generated) for r in group.requests if r.generated and not _ended(r)]
-        logs = scale.prior.copy()
-        if ended:
-            logs -= 0.5 * (((np.array(ended)[:, None] - scale.means) / SPREAD) ** 2).sum(axis=0)
-        if going:
-            beyond = _LOGISTIC / SPREAD * (np.array(going)[:, None] - scale.means)
-            logs -= np.logaddexp(0.0, beyond).sum(axis=0)
-        chances = np.exp(logs - logs.max())
-        result: Floats = chances / chances.sum()
-        return result
+    def _learn(self) -> None:
+        """Fit the belief to the run so far, and rank all that wait anew."""
+        self._lesson_at = _MORE * self._endings
+        groups = list(self._begun)[:: len(self._begun) // _SAMPLE + 1]
+        self.belief.learn([*self._past, *map(evidence, groups)])
+        waiting: dict[Group, list[Request]] = {}
+        for request in self._keys:
+            waiting.setdefault(request.group, []).append(request)
+        for group, requests in waiting.items():
+            self._rank(group, requests)
 
     def _rank(self, group: Group, waiting: Sequence[Request]) -> None:
-        for request, left in zip(waiting, self.remainders(group, [r.generated for r in waiting]), strict=True):
-            self._keys[request] = -float(left)
-            heapq.heappush(self._heap, (-float(left), group.order, request.index, request))
+        generated = list({request.generated for request in waiting})  # most have not started
+        remainders = self.belief.remainders(evidence(group), generated, group.limit, POWER)
+        keys = dict(zip(generated, (-remainders).tolist(), strict=True))
+        for request in waiting:
+            key = keys[request.generated]
+            if self._keys.get(request) != key:
+                self._keys[request] = key
+                heapq.heappush(self._heap, (key, group.order, request.index, request))
         if len(self._heap) > _LEAST_SWEEP + 2 * len(self._keys):
             self._heap = [entry for entry in self._heap if self._keys.get(entry[3]) == entry[0]]
             heapq.heapify(self._heap)
@@ -121,6 +114,13 @@ class Foresight(Policy):
                 return request
             heapq.heappop(self._heap)
         return None
+
+
+def evidence(group: Group) -> Evidence:
+    """What the group's responses have shown."""
+    ended = tuple(request.generated for request in group.requests if _ended(request))
+    going = tuple(request.generated for request in group.requests if request.generated and not _ended(request))
+    return Evidence(ended, going)
 
 
 def _ended(request: Request) -> bool:

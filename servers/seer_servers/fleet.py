@@ -71,6 +71,11 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     extra_args: tuple[str, ...] = ()
     extra_env: dict[str, str] = {}
 
+    @property
+    def kv_bytes(self) -> int | None:
+        """What the KV cache is to take, if it is said in GiB."""
+        return None if self.kv_cache_gib is None else int(self.kv_cache_gib * GIB)
+
     def arguments(self, port: int, placement: Placement, host: str = HOST) -> list[str]:
         """Return vLLM's command-line arguments for an engine on `port`, in its place."""
         wanted = {
@@ -81,7 +86,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
             "--max-num-seqs": self.max_num_seqs,
             "--block-size": self.block_size,
             "--num-gpu-blocks-override": self.num_blocks,
-            "--kv-cache-memory-bytes": None if self.kv_cache_gib is None else int(self.kv_cache_gib * GIB),
+            "--kv-cache-memory-bytes": self.kv_bytes,
             "--logprobs-mode": self.logprobs_mode,
         }
         given = {name: str(value) for name, value in wanted.items() if value is not None}
@@ -195,7 +200,7 @@ class LocalFleet:
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
         specs = [spec] * count if isinstance(spec, EngineSpec) else list(spec)
-        placements = place(count, specs[0].model)
+        placements = place(count, specs[0].model, specs[0].kv_bytes)
         ports = free_ports(count)
         self.pool = pool
         self.drafts = _draft_service(run_dir) if any(each.draft == GROUPED for each in specs) else None

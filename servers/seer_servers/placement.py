@@ -33,14 +33,16 @@ class Placement(msgspec.Struct, frozen=True):
     gpu: bool = False
 
 
-def place(count: int, model: str) -> list[Placement]:
+def place(count: int, model: str, kv_bytes: int | None = None) -> list[Placement]:
     """Spread `count` engines that serve `model` over this machine's GPUs, or over its CPU cores where it has none.
+
+    `kv_bytes` is what each is going to keep KV in, if that is known.
 
     Raises:
         FleetError: The GPUs cannot hold that many engines.
     """
     gpus = visible_gpus()
-    return _on_gpus(count, gpus, _weight_bytes(model)) if gpus else _on_cores(count, usable_cores())
+    return _on_gpus(count, gpus, _weight_bytes(model), kv_bytes) if gpus else _on_cores(count, usable_cores())
 
 
 def usable_cores() -> list[int]:
@@ -98,16 +100,20 @@ def _openmp(cores: list[int]) -> dict[str, str]:
     return env
 
 
-def _on_gpus(count: int, gpus: list[tuple[str, int]], weights: int) -> list[Placement]:
+def _on_gpus(count: int, gpus: list[tuple[str, int]], weights: int, asked: int | None) -> list[Placement]:
     placements = []
     for i in range(count):
         gpu, memory = gpus[i % len(gpus)]
         tenants = len(range(i % len(gpus), count, len(gpus)))
         options: dict[str, str | None] = {}
-        if tenants > 1:
-            kv_bytes = int(memory * GPU_SHARE / tenants) - weights - GPU_OVERHEAD_BYTES
-            if kv_bytes <= 0:
+        if tenants > 1 or asked:
+            own = weights + GPU_OVERHEAD_BYTES
+            share = memory * GPU_SHARE / tenants
+            kv_bytes = asked or int(share) - own
+            if kv_bytes <= 0 or own + kv_bytes > share:
                 raise FleetError(f"{tenants} engines do not fit on GPU {gpu} ({memory / GIB:.0f} GiB): start fewer.")
             options["--kv-cache-memory-bytes"] = str(kv_bytes)
+            # vLLM wants so much to be free when it starts: beside an engine that already runs, its usual 0.92 are not.
+            options["--gpu-memory-utilization"] = f"{(own + kv_bytes) / memory:.3f}"
         placements.append(Placement({"CUDA_VISIBLE_DEVICES": gpu}, options, gpu=True))
     return placements

@@ -3,8 +3,10 @@
 from typing import Any
 
 import numpy as np
+import pytest
 
-from seer_async.policies.foresight import Foresight
+from seer_async.belief import PRIOR, Belief, Evidence, Shape
+from seer_async.policies.foresight import POWER, Foresight, evidence
 
 from .hand import Hand
 
@@ -18,7 +20,8 @@ def hand(**tree: Any) -> Hand:
 def left(hand: Hand, group: str, generated: int) -> float:
     policy = hand.core.policy
     assert isinstance(policy, Foresight)
-    return float(policy.remainders(hand.core.buffer.groups[group], [generated])[0])
+    known = hand.core.buffer.groups[group]
+    return float(policy.belief.remainders(evidence(known), [generated], known.limit, POWER)[0])
 
 
 def test_probes_start_first_and_have_no_privilege_then() -> None:
@@ -32,7 +35,8 @@ def test_probes_start_first_and_have_no_privilege_then() -> None:
 def test_a_finished_sibling_tells_what_is_left() -> None:
     it = hand().groups("a", "b", n=4, limit=LIMIT).up(seqs=2)
     it.answer("a/0", 40, finish="stop")
-    assert left(it, "a", 0) < 120 < left(it, "b", 0)
+    assert left(it, "a", 0) < 200
+    assert left(it, "b", 0) > 500
     assert all(request.startswith("b") for request in it.running)
 
 
@@ -62,11 +66,59 @@ def test_a_response_cut_off_at_the_limit_says_no_more_than_that_it_was_long() ->
 
 
 def test_remainders_are_within_the_limit() -> None:
-    it = hand().groups("a", n=2, limit=LIMIT).up(seqs=2)
     generated = list(range(LIMIT))
+    for limit in (LIMIT, LIMIT // 3):
+        remainders = Belief(LIMIT).remainders(Evidence((), (5,)), generated, limit, POWER)
+        assert np.isfinite(remainders).all()
+        assert (remainders >= 0).all()
+        assert (remainders <= np.maximum(limit - np.array(generated), 0) + 1e-6).all()
+
+
+@pytest.mark.parametrize("spread", [0.15, 0.5])
+def test_the_spread_within_groups_is_learned_though_the_short_ones_end_first(spread: float) -> None:
+    """Every response has run for 300 tokens: what is longer is still going."""
+    rng = np.random.default_rng(1)
+    means = rng.normal(np.log(LIMIT) - 1.5, 0.6, 200)
+    lengths = np.exp(means[:, None] + rng.normal(0, spread, (200, 8)))
+    belief = Belief(LIMIT)
+    belief.learn([_seen(row, 300) for row in lengths])
+    assert belief.shape.spread == pytest.approx(spread, rel=0.45)
+    assert belief.shape.centre == pytest.approx(-1.5, abs=0.26)
+    assert belief.shape.width == pytest.approx(0.6, rel=0.3)
+
+
+def _seen(lengths: Any, after: int) -> Evidence:
+    ended = tuple(max(1, round(length)) for length in lengths if length <= after)
+    return Evidence(ended, (after,) * (len(lengths) - len(ended)))
+
+
+def test_little_evidence_moves_little() -> None:
+    belief = Belief(LIMIT)
+    belief.learn([Evidence((200,), ())])
+    assert belief.shape == pytest.approx(PRIOR, abs=0.3)
+    assert isinstance(belief.shape, Shape)
+
+
+def test_a_run_in_which_siblings_differ_is_less_sure_of_them() -> None:
+    alike, unlike = Belief(LIMIT), Belief(LIMIT)
+    alike.learn([Evidence((base, base + 1, base + 2), ()) for base in range(20, 400, 10)])
+    unlike.learn([Evidence((base, 3 * base, 9 * base), ()) for base in range(20, 100, 3)])
+    one = Evidence((100, 110), ())
+    assert alike.shape.spread < unlike.shape.spread
+    left = [belief.remainders(one, [0], LIMIT, POWER)[0] for belief in (alike, unlike)]
+    assert left[0] < 0.7 * left[1]
+
+
+def test_a_run_teaches_the_policy_and_forgotten_groups_go_on_teaching() -> None:
+    it = hand().groups(*(f"g{number}" for number in range(12)), n=2, limit=LIMIT).up(seqs=24)
     policy = it.core.policy
     assert isinstance(policy, Foresight)
-    remainders = policy.remainders(it.core.buffer.groups["a"], generated)
-    assert np.isfinite(remainders).all()
-    assert (remainders >= 0).all()
-    assert (remainders <= LIMIT - np.array(generated)).all()
+    before = policy.belief.shape
+    for number in range(12):
+        it.answer(f"g{number}/0", 30 + number, finish="stop")
+        it.answer(f"g{number}/1", 30 + number, finish="stop")
+    assert policy.belief.shape != before
+    for group in list(it.core.buffer.groups.values()):
+        policy.forget(group)
+    policy._learn()
+    assert policy.belief.shape.spread < PRIOR.spread

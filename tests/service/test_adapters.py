@@ -81,6 +81,9 @@ async def test_an_unknown_model_is_not_found(engines: list[MockProcess]) -> None
                 "code": 404,
             }
         assert service.core.buffer.total == 0
+        service._info = msgspec.structs.replace(service.info, aliases=("alias",))
+        reply = await post(client, GENERATE, model="alias", token_ids=[5], sampling_params={"max_tokens": 1})
+        assert reply["model"] == "mock"
 
 
 async def test_adapters_do_not_share_a_group(engines: list[MockProcess]) -> None:

@@ -274,6 +274,42 @@ async def test_sleep_and_wake_up(engines: list[MockProcess]) -> None:
         assert "v2" in {sample.weight_version for sample in samples}
 
 
+async def test_nothing_is_sampled_after_a_sleep_that_discards_weights(engines: list[MockProcess]) -> None:
+    """Until there are new ones: by an update while they sleep, or by another way that ends with a name for them."""
+    async with trainer(engines[:2], patience_s=60.0) as it:
+        ticket = it.submit(1, options=LONG)
+        await asyncio.sleep(0.05)
+        await it.post("/sleep", level=2, mode="keep")
+        assert (await it.post("/wake_up"))["status"] == "awake"
+        assert await it.states() == {"engine-0": "STALE", "engine-1": "STALE"}
+        assert (await it.refused("GET", "/weight_info"))[0] == 409
+        engines[1].kill()
+        await engines[1].start()  # a new process has weights, but not those that are wanted
+        await asyncio.sleep(1.5)
+        assert not ticket.done
+        assert await it.states() == {"engine-0": "STALE", "engine-1": "STALE"}
+        await it.post("/update_weight_version", {"new_version": "v2"})
+        for sample in await ticket.all():
+            assert {chunk.weight_version for chunk in sample.chunks} == {sample.weight_version} == {"v2"}
+        await it.becomes(engine_0="UP", engine_1="UP")
+
+        await it.post("/sleep", level=2, mode="abort")
+        assert (await it.post("/wake_up", tags="weights"))["status"] == "sleeping"
+        await it.update("v3")
+        ticket = it.submit(2)
+        assert (await it.post("/wake_up", tags="kv_cache"))["status"] == "awake"
+        for sample in await ticket.all():
+            assert_right(sample, "v3")
+
+
+async def test_what_waits_for_weights_in_vain_is_told_so(engines: list[MockProcess]) -> None:
+    async with trainer(engines[:1]) as it:
+        await it.post("/sleep", level=2)
+        await it.post("/wake_up")
+        (sample,) = await it.submit(3, n=1).all()  # patience is 3 s
+        assert "must get weight version none since sleep" in sample.error
+
+
 async def test_abort_requests(engines: list[MockProcess]) -> None:
     async with trainer(engines[:2]) as it:
         first, second = it.submit(1, options=LONG), it.submit(2, options=LONG)

@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from seer_async.errors import EngineError, FailureKind
+from seer_async.salt import cache_salt
 from seer_async.types import EngineInfo, TopLogprob, VersionSpan
 from seer_async.wire import DIALECTS, CallSpec, dialect_for
 
@@ -130,3 +131,12 @@ def test_the_most_alternatives_are_asked_for_where_they_are_all_given(alternativ
     assert dialect_for(spec, info).name == name
     assert dialect_for(spec, msgspec.structs.replace(info, max_logprobs=50)).name == "generate"
     assert dialect_for(spec, msgspec.structs.replace(info, dialect="completions")).name == "completions"
+
+
+def test_a_cache_salt_is_one_that_engines_take() -> None:
+    assert cache_salt("run", "step-1", "") == "run:step-1"
+    odd = [("step/1", ""), ("step", "/1"), ("step", "@tiny#0"), ("step", "@tiny#0/mine"), ("v" * 200, ""), ("\0", "")]
+    salts = {cache_salt("run", *parts) for parts in odd}
+    assert len(salts) == len(odd), "no two of them share KV"
+    for salt in salts:
+        assert salt.startswith("run:") and len(salt) <= 128 and not set(salt) & set("@/\\\0")

@@ -24,8 +24,9 @@ from vllm.v1.worker.gpu import model_runner
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.model_states import default as model_states
+from vllm.v1.worker.gpu.spec_decode import adaptive_verification
 
-from seer_async.drafting import duel
+from seer_async.drafting.outlook import Outlook
 from seer_servers.plugin import gpu_drafting, gpu_siblings, gpu_switch, gpu_verification
 from seer_servers.plugin import gpu_kernels as kernels
 from seer_servers.plugin.gpu_siblings import Name, Siblings
@@ -431,6 +432,18 @@ def test_a_seeded_sample_is_the_same_with_and_without_drafts(gumbel_sample):
     assert len(set(plain)) == VOCABULARY
 
 
+@pytest.mark.parametrize("requests", [1, 3])
+def test_drafts_to_verify_are_shared_out_as_by_vllm(requests):
+    (patch,) = (each for each in gpu_verification.patches() if each.name == "_assign_draft_token_budget_compiled")
+    ours, theirs = patch.around(None), adaptive_verification._assign_draft_token_budget
+    confidence = torch.rand(SLOTS, STEPS)
+    for budget in range(1, STEPS * requests):
+        found = [torch.full((requests,), STEPS, dtype=torch.int32) for _ in range(2)]
+        for assign, capacities in zip((ours, theirs), found, strict=True):
+            assign(confidence, torch.arange(requests), capacities, budget, STEPS)
+        assert found[0].tolist() == found[1].tolist()
+
+
 class Runner:
     """What vLLM's runner uses to describe a step to attention, without a model."""
 
@@ -506,12 +519,12 @@ def play(switch, requests, steps, wait):
     names = [str(number) for number in range(requests)]
     drafted_steps, now = 0, 0.0
     for _ in range(steps):
-        drafted = switch[requests] * requests
-        seconds, tokens = wait(drafted > 0)
+        each = switch[requests]
+        seconds, tokens = wait(each > 0)
         now += seconds
-        drafted_steps += drafted > 0
-        scheduled = requests + drafted
-        switch.ended(names, drafted=drafted, scheduled=scheduled, sampled=round(tokens * requests), now=now)
+        drafted_steps += each > 0
+        scheduled = dict.fromkeys(names, 1 + each)
+        switch.ended(scheduled, drafted=each * requests, sampled=round(tokens * requests), now=now)
     return drafted_steps
 
 
@@ -528,24 +541,116 @@ def test_the_switch_turns_when_things_change():
     assert play(switch, 16, 3000, lambda drafting: (0.012, 2.0) if drafting else (0.010, 1.0)) > 1000
 
 
+def test_the_switch_hears_what_drafts_would_bring(monkeypatch):
+    outlook = Outlook()
+    monkeypatch.setattr(gpu_switch, "_heard", [])
+    gpu_switch.listen_to(outlook)
+    outlook.came("a", "g")
+    outlook.heard("a", random.Random(0).choices(range(50_000), k=1000))
+    assert play(gpu_switch.Switch(8, 8192), 4, 3000, lambda drafting: (0.004, 1.0) if drafting else (0.003, 1.0)) == 0
+
+
 def test_batch_sizes_are_told_apart():
     switch = gpu_switch.Switch(8, 8192)
     play(switch, 64, 3000, lambda drafting: (0.012, 1.0) if drafting else (0.010, 1.0))
+    play(switch, 1, 1000, lambda drafting: (0.004, 2.0) if drafting else (0.003, 1.0))
     assert switch[64] == 0
     assert switch[1] == 8
 
 
 def test_a_step_never_holds_more_than_it_may():
-    assert gpu_switch.Switch(8, 1024)[200] == 4
-    assert gpu_switch.Switch(8, 128)[200] == 0
+    for limit, most in ((1024, 4), (128, 0)):
+        switch = gpu_switch.Switch(8, limit)
+        switch.duel(200).drafting = True
+        assert switch[200] == most
 
 
 def test_prefill_and_idle_time_are_left_out():
     switch = gpu_switch.Switch(8, 8192)
     for now in range(500):
-        switch.ended(["a"], drafted=0, scheduled=300, sampled=1, now=float(now))
-        switch.ended([f"r{now}"], drafted=8, scheduled=9, sampled=1, now=now + 0.5)
-    assert switch.duel(1)._left == duel.COUNTED_TOKENS
+        switch.ended({"a": 300}, drafted=0, sampled=1, now=float(now))
+        switch.ended({f"r{now}": 1}, drafted=0, sampled=1, now=now + 0.5)
+    assert switch.duel(1)._block.steps == 0
+
+
+# A step without drafts
+
+
+class Speculator(gpu_drafting.GroupedSpeculator):
+    """One that only counts."""
+
+    def __init__(self):
+        self.rested = 0
+        self.client = None
+
+    def rest(self):
+        self.rested += 1
+
+
+def sampled_with(asked, drafted):
+    """Which speculator, and how many places, vLLM sees at the end of a step; what it left, and the speculator."""
+    state = SimpleNamespace(
+        num_spec_tokens_to_schedule=asked, input_batch=SimpleNamespace(num_draft_tokens=drafted, req_ids=["a"])
+    )
+    handler = SimpleNamespace(req_ids=["old"], num_draft_tokens=STEPS, draft_tokens_np=1)
+    runner = SimpleNamespace(
+        execute_model_state=state,
+        speculator=Speculator(),
+        num_speculative_steps=STEPS,
+        draft_tokens_handler=handler,
+        adaptive_verification=None,
+    )
+    speculator, seen = runner.speculator, []
+
+    def sample_tokens(runner, _):
+        runner.execute_model_state = None
+        seen.append((runner.speculator, runner.num_speculative_steps))
+
+    (patch,) = (patch for patch in gpu_drafting.patches() if patch.name == "sample_tokens")
+    patch.around(sample_tokens)(runner, None)
+    assert (runner.speculator, runner.num_speculative_steps) == (speculator, STEPS)
+    return seen[0], handler, speculator
+
+
+def test_a_step_without_drafts_ends_as_without_speculation():
+    seen, handler, speculator = sampled_with(asked=0, drafted=0)
+    assert seen == (None, 0)
+    assert (handler.req_ids, handler.num_draft_tokens, handler.draft_tokens_np) == (["a"], 0, None)
+    assert speculator.rested == 1
+
+
+@pytest.mark.parametrize(("asked", "drafted"), [(STEPS, 0), (0, STEPS), (STEPS, STEPS)])
+def test_a_step_with_drafts_or_before_one_is_the_speculators(asked, drafted):
+    seen, handler, speculator = sampled_with(asked, drafted)
+    assert seen == (speculator, STEPS)
+    assert handler.req_ids == ["old"]
+    assert speculator.rested == 0
+
+
+# Other engines
+
+
+def test_tokens_are_handed_on_in_pieces_and_all_of_them(engine):
+    handed = []
+    speculator = object.__new__(gpu_drafting.GroupedSpeculator)
+    speculator.running, speculator.newcomers, speculator.siblings = {}, set(), engine.siblings
+    speculator.outlook = Outlook()
+    speculator.client = SimpleNamespace(
+        register_group=lambda *_: None,
+        update=lambda group, request, before, tokens: handed.append((group, request, before, list(tokens))),
+    )
+    kinship = {"seer_group": "g", "seer_request": "r"}
+    speculator.added("id", 0, [1, 2], [3], kinship)
+    for token in range(20):
+        speculator.sampled({"id": 1, "unknown": 0}, [[9], [token % VOCABULARY]])
+    assert len(handed) == 1, "one call of the client is not made for each token"
+    assert speculator.outlook.requests == ["id"]
+    speculator.left("id", 0)
+    assert speculator.outlook.requests == []
+    speculator.sampled({"id": 0}, [[1]])
+    assert [(group, request) for group, request, _, _ in handed] == [("g", "r")] * 2
+    assert [before for _, _, before, _ in handed] == [0, len(handed[0][3])]
+    assert handed[0][3] + handed[1][3] == [3, *(token % VOCABULARY for token in range(20))]
 
 
 # Where it meets vLLM

@@ -76,6 +76,7 @@ class TestEndpoints:
         assert answer == {
             "vllm": "0.32.0",
             "model": "tiny",
+            "aliases": ["alias"],
             "root": "/models/tiny",
             "max_model_len": 2048,
             "max_num_seqs": 8,

@@ -20,6 +20,7 @@ from seer_async.client import Client
 from seer_async.config import resolve
 from seer_servers.model import ensure_default_model
 from seer_servers.service.serve import serving
+from tests.vllm.putback import put_back
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -194,7 +195,7 @@ async def test_grpo(vllm_fleet: LocalFleet, tmp_path: Path) -> None:
                 said = [(await client.get(f"{each}/weight_info")).json() for each in vllm_fleet.urls]
             assert all("step-2" in str(each) for each in said), said
     finally:
-        await _put_back(vllm_fleet)
+        await put_back(vllm_fleet)
     assert [step.version for step in steps] == ["step-0", "step-1"]
     for step in steps:
         assert step.mismatch < 0.01 < step.moved, "engines sample from the weights of their version, which do change"
@@ -205,18 +206,6 @@ def _trained(grpo: ModuleType, url: str, folder: Path) -> list[Any]:
     with Client(url) as client:
         policy = grpo.Policy(ensure_default_model(), 1e-4)
         return list(grpo.train(client, policy, folder, steps=2, batch=2, n=4, max_tokens=16))
-
-
-async def _put_back(fleet: LocalFleet) -> None:
-    """The weights and their name that all other tests of the fleet sample from."""
-    update = {"update_info": {"path": str(ensure_default_model())}}
-    async with httpx.AsyncClient(timeout=120) as client:
-        for url in fleet.urls:
-            for path, body in [
-                ("/start_weight_update", {}), ("/update_weights", update),
-                ("/finish_weight_update", {"weight_version": "default"}),
-            ]:  # fmt: skip
-                (await client.post(url + path, json=body)).raise_for_status()
 
 
 def _example() -> ModuleType:

@@ -17,6 +17,7 @@ from seer_servers.mock.tokenizer import byte_tokenizer
 if TYPE_CHECKING:
     from seer_servers.mock.engine import MockEngine
 
+_SALT_END, _SALT_FORBIDDEN = 128, frozenset("@/\\\0")  # as vLLM has it
 _MAX_LOGPROBS = 20  # vLLM's default limit
 _COMPLETION_TOKENS = 16  # what /v1/completions generates where max_tokens is not given
 
@@ -138,6 +139,11 @@ def _call(
 ) -> Call:
     if body.stream:
         raise bad_request("The mock engine does not stream.", "stream")
+    if len(body.cache_salt or "") > _SALT_END or not _SALT_FORBIDDEN.isdisjoint(body.cache_salt or ""):
+        raise bad_request(
+            "Parameter 'cache_salt' must be at most 128 characters and must not contain '@', '/', '\\', or NUL.",
+            "cache_salt",
+        )
     if params.n != 1:
         raise bad_request("The mock engine takes one response per request: send n requests.", "n")
     room = engine.config.max_model_len - len(prefix)

@@ -9,8 +9,10 @@ It takes the place of vLLM's GPU n-gram drafter when the engine is started with
 Invariant: all patches fit or none is applied; then vLLM's own drafter runs.
 """
 
+import contextlib
 import functools
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from vllm.v1.worker.gpu import model_runner
@@ -67,7 +69,9 @@ def patches() -> tuple[Patch, ...]:
 
 def _around_init(_: Function) -> Function:
     def init_speculator(*arguments: Any) -> GroupedSpeculator:
-        return GroupedSpeculator(*arguments)
+        speculator = GroupedSpeculator(*arguments)
+        gpu_switch.listen_to(speculator.outlook)
+        return speculator
 
     return init_speculator
 
@@ -106,25 +110,49 @@ def _around_remove_request(remove_request: Function) -> Function:
 
 def _around_sample_tokens(sample_tokens: Function) -> Function:
     def _sample_tokens(runner: Any, grammar_output: Any) -> Any:
-        output = sample_tokens(runner, grammar_output)
-        if isinstance(output, AsyncOutput):
-            output.seer_runner = runner
+        speculator = runner.speculator
+        with _without_speculator(runner) if _rests(runner) else contextlib.nullcontext():
+            output = sample_tokens(runner, grammar_output)
+        if isinstance(output, AsyncOutput) and isinstance(speculator, GroupedSpeculator):
+            output.seer_parts = speculator, runner.adaptive_verification
         return output
 
     return _sample_tokens
+
+
+def _rests(runner: Any) -> bool:
+    """Whether the step at hand has no drafts and asks for none."""
+    state = runner.execute_model_state
+    if state is None or not isinstance(runner.speculator, GroupedSpeculator):
+        return False
+    return bool(state.num_spec_tokens_to_schedule == 0 and state.input_batch.num_draft_tokens == 0)
+
+
+@contextlib.contextmanager
+def _without_speculator(runner: Any) -> Iterator[None]:
+    """Have a step end as on a runner that does not speculate: scattering no drafts costs time, too."""
+    speculator, steps = runner.speculator, runner.num_speculative_steps
+    drafts, batch = runner.draft_tokens_handler, runner.execute_model_state.input_batch
+    runner.speculator, runner.num_speculative_steps = None, 0
+    try:
+        yield
+    finally:
+        runner.speculator, runner.num_speculative_steps = speculator, steps
+    drafts.req_ids, drafts.num_draft_tokens, drafts.draft_tokens_np = batch.req_ids, 0, None
+    speculator.rest()
+    if isinstance(runner.adaptive_verification, GroupedVerification):
+        runner.adaptive_verification.rest()
 
 
 def _around_get_output(get_output: Function) -> Function:
     def _get_output(output: Any) -> Any:
         begin = time.perf_counter()
         result = get_output(output)
-        runner = getattr(output, "seer_runner", None)
-        if runner is not None and runner.speculator is not None:
-            if isinstance(runner.adaptive_verification, GroupedVerification):
-                runner.adaptive_verification.waited(time.perf_counter() - begin)
-            if runner.speculator.client:
-                for request_id, tokens in zip(result.req_ids, result.sampled_token_ids, strict=True):
-                    runner.speculator.share(request_id, tokens)
+        speculator, verification = getattr(output, "seer_parts", (None, None))
+        if speculator is not None:
+            if isinstance(verification, GroupedVerification):
+                verification.waited(time.perf_counter() - begin)
+            speculator.sampled(result.req_id_to_index, result.sampled_token_ids)
         return result
 
     return _get_output

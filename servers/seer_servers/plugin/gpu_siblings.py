@@ -53,6 +53,8 @@ class Siblings:
         self._origins: dict[int, int] = {}  # by reference: where its response begins
         self._known: dict[int, int] = {}  # by reference from elsewhere: tokens of its response
         self._changed: set[str] = set()
+        self._begins: dict[int, int] = {}  # by row: what `_starts` is to say
+        self._joined: dict[int, int] = {}  # by slot: its group, likewise
         self._dirty = False
 
         def table(*size: int) -> StagedWriteTensor:
@@ -85,8 +87,8 @@ class Siblings:
             self._release(old)
         group = self._groups[name.group]
         group.prompt_end = list(prompt[-LONGEST_MATCH:])
-        self._of_slot.stage_write_elem(slot, group.index)
-        self._starts.stage_write_elem(slot, len(prompt) - FIRST_MATCH)
+        self._joined[slot] = group.index
+        self._begins[slot] = len(prompt) - FIRST_MATCH
         self._origins[slot] = len(prompt)
 
     def retire(self, slot: int) -> None:
@@ -119,7 +121,15 @@ class Siblings:
         self._write(row, origin + before, tokens.tolist(), length=origin + self._known[row])
 
     def refresh(self) -> None:
-        """Bring the GPU up to date. At most once a step: vLLM's staging buffers are few."""
+        """Bring the GPU up to date. At most once a step: vLLM's staging buffers are few.
+
+        It may be left for later while nothing is looked up; what `receive` brings must not wait, because `retire`
+        writes to the same rows at once.
+        """
+        for table, values in ((self._starts, self._begins), (self._of_slot, self._joined)):
+            for row, value in values.items():
+                table.stage_write_elem(row, value)
+            values.clear()
         for name in self._changed:
             group = self._groups[name]
             rows = list(group.rows.values())[-MEMBERS:]
@@ -167,7 +177,7 @@ class Siblings:
         row = self._free.pop()
         self._origins[row] = origin
         self._join(row, name)
-        self._starts.stage_write_elem(row, origin - FIRST_MATCH)
+        self._begins[row] = origin - FIRST_MATCH
         return row
 
     def _release(self, row: int) -> None:

@@ -17,8 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
+from seer_async.drafting.outlook import Outlook
 from seer_servers.plugin.draft_stats import PUBLISH_S, STATS_ENV, write_page
 from seer_servers.plugin.gpu_kernels import (
     KINDS,
@@ -36,7 +38,9 @@ from seer_servers.plugin.gpu_siblings import Name, Siblings
 
 SERVER_ENV = "SEER_DRAFT_SERVER"
 TTL_S = 600.0  # how long the draft server keeps a group that no engine speaks of
+SHARED_TOKENS = 16  # of a request, handed on together: one by one they would cost the engine's process too much
 FETCH_STEPS = 8
+REST_STEPS = 32  # steps without drafts between two looks at what siblings do; a multiple of the above
 FOLD_STEPS = 32  # steps between two looks at what was accepted
 KEPT = 0.98  # of what was counted, at each fold: half is forgotten in about a thousand steps
 PRIOR_WEIGHT = 4.0  # drafts
@@ -60,6 +64,8 @@ class GroupedSpeculator(BaseSpeculator):  # type: ignore[misc]  # vLLM has no ty
         self.idle = True  # whether the last step went without drafts
         self.siblings = Siblings(req_states, vllm_config.model_config.get_vocab_size())
         self.running: dict[str, Running] = {}
+        self.outlook = Outlook()
+        self.newcomers: set[int] = set()  # slots of whose requests nothing is known yet
         self.client = _client()
         self._match = {"shortest": spec.prompt_lookup_min, "longest": min(spec.prompt_lookup_max, LONGEST_MATCH)}
         self._splits = max(1, min(MAX_SPLITS, req_states.max_model_len // SPLIT_TOKENS))
@@ -123,11 +129,29 @@ class GroupedSpeculator(BaseSpeculator):  # type: ignore[misc]  # vLLM has no ty
         self._page.step(time.perf_counter() - begin, off=self.idle, references=self.siblings.references)
         return drafts
 
+    def rest(self) -> None:
+        """Take part in a step that neither has drafts nor asks for any; it is to cost nothing."""
+        begin = time.perf_counter()
+        self.idle = True
+        if self._page.steps % REST_STEPS == 0:
+            self._take_in()
+        self._page.step(time.perf_counter() - begin, off=True, references=self.siblings.references)
+
     def _draft(self, batch: Batch) -> None:
+        self._forget_before()
         observe(batch, self.choice, self._tallies, self._totals)
         if self._page.steps % FOLD_STEPS == 0:
             self._fold()
         self._look_up(batch, 1 + self.siblings.most_members)
+
+    def _forget_before(self) -> None:
+        """Expect nothing of requests that came since the last draft: their slots were others' before."""
+        if self.newcomers:
+            slots = async_tensor_h2d(list(self.newcomers), device=self._found.device, dtype=torch.int64)
+            for by_slot in (self.choice.confidences, self.choice.averages, self.choice.forecasts):
+                by_slot.index_fill_(0, slots, 0.0)
+            self.choice.kinds.index_fill_(0, slots, -1)
+            self.newcomers.clear()
 
     def _look_up(self, batch: Batch, candidates: int) -> None:
         size = len(batch.slots), candidates, self._splits
@@ -154,20 +178,41 @@ class GroupedSpeculator(BaseSpeculator):  # type: ignore[misc]  # vLLM has no ty
         group = str(extra.get("seer_group") or _digest(prompt, extra.get("seer_salt")))
         running = Running(Name(group, str(extra.get("seer_request") or request_id)))
         self.siblings.add(slot, running.name, prompt)
+        self.newcomers.add(slot)
         self.running[request_id] = running
+        self.outlook.came(request_id, group)
         if self.client:
             self.client.register_group(group, TTL_S)
             self.share(request_id, response)
 
     def left(self, request_id: str, slot: int) -> None:
         """A request gives up its slot."""
-        self.running.pop(request_id, None)
+        running = self.running.pop(request_id, None)
+        self.outlook.left(request_id)
+        if running and self.client:
+            self._hand_on(running)
         self.siblings.retire(slot)
 
+    def sampled(self, places: dict[str, int], tokens: list[list[int]]) -> None:
+        """Take in what a step has sampled, once the host knows it: each request's place in `tokens`."""
+        for request_id in self.outlook.requests:
+            if (place := places.get(request_id)) is not None:
+                self.outlook.heard(request_id, tokens[place])
+        if self.client:
+            for request_id, place in places.items():
+                self.share(request_id, tokens[place])
+
     def share(self, request_id: str, tokens: list[int]) -> None:
-        """Let the other engines know what a request has sampled."""
+        """Let the other engines know what a request has sampled, if there is enough of it."""
         running = self.running.get(request_id)
-        if running and tokens:
+        if running:
+            running.kept += tokens
+            if len(running.kept) >= SHARED_TOKENS:
+                self._hand_on(running)
+
+    def _hand_on(self, running: "Running") -> None:
+        tokens, running.kept = running.kept, []
+        if tokens:
             self.client.update(*running.name, running.shared, tokens)
             running.shared += len(tokens)
 
@@ -178,6 +223,7 @@ class Running:
     def __init__(self, name: Name) -> None:
         self.name = name
         self.shared = 0  # tokens of its response that were handed on
+        self.kept: list[int] = []  # and those after them
 
 
 class Page:

@@ -6,12 +6,13 @@ without speculation. Steps that mainly prefill, and the time an engine is idle, 
 """
 
 import time
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from seer_async.drafting.duel import Duel
+from seer_async.drafting.duel import Duel, Duels
+from seer_async.drafting.outlook import Outlook
 from seer_servers.plugin.patching import Function, Patch
 
 FEW_PREFILLED = 8  # one token in so many may be of a prompt
@@ -19,13 +20,25 @@ FEW_PREFILLED = 8  # one token in so many may be of a prompt
 UPDATE = ("self", "scheduler_output", "model_runner_output")
 
 
+_heard: list[Outlook] = []  # in this process: the worker's, which on one GPU is the scheduler's process too
+
+
+def listen_to(outlook: Outlook) -> None:
+    """Let the switch know what drafts would bring."""
+    _heard[:] = [outlook]
+
+
+def _guess() -> float | None:
+    return _heard[0].brings if _heard else None
+
+
 class Switch:
     """What the scheduler looks up: how many tokens to draft for each request of a batch."""
 
     def __init__(self, most: int, step_tokens: int) -> None:
         self._most, self._step_tokens = most, step_tokens
-        self._duels: dict[int, Duel] = {}
-        self._last: tuple[float, frozenset[str]] = (0.0, frozenset())
+        self._duels = Duels(guess=_guess)
+        self._last: tuple[float, Mapping[str, int]] = (0.0, {})
 
     def __getitem__(self, requests: int) -> int:
         """Tokens to draft for each of `requests`."""
@@ -35,16 +48,17 @@ class Switch:
 
     def duel(self, requests: int) -> Duel:
         """The duel at this batch size."""
-        size = (requests - 1).bit_length()
-        if size not in self._duels:
-            self._duels[size] = Duel(requests)
-        return self._duels[size]
+        return self._duels.at(requests)
 
-    def ended(self, requests: Collection[str], *, drafted: int, scheduled: int, sampled: int, now: float) -> None:
-        """Count a step that ended at `now` [s]: tokens drafted for it, scheduled in it and sampled by it."""
-        (then, before), self._last = self._last, (now, frozenset(requests))
+    def ended(self, requests: Mapping[str, int], *, drafted: int, sampled: int, now: float) -> None:
+        """Count a step that ended at `now` [s]: the tokens of each request, drafted ones among them, and those sampled.
+
+        `requests` is kept until the next step.
+        """
+        (then, before), self._last = self._last, (now, requests)
+        scheduled = sum(requests.values())
         prefilled = scheduled - drafted - len(requests)
-        if sampled and prefilled * FEW_PREFILLED <= scheduled and not before.isdisjoint(requests):
+        if sampled and prefilled * FEW_PREFILLED <= scheduled and not before.keys().isdisjoint(requests):
             self.duel(len(requests)).step(drafted=drafted > 0, wait=now - then, tokens=sampled / len(requests))
 
 
@@ -71,9 +85,8 @@ def _around_update(update: Function) -> Function:
         switch = scheduler.dynamic_sd_lookup
         if isinstance(switch, Switch):
             switch.ended(
-                scheduler_output.num_scheduled_tokens.keys(),
+                scheduler_output.num_scheduled_tokens,
                 drafted=sum(map(len, scheduler_output.scheduled_spec_decode_tokens.values())),
-                scheduled=scheduler_output.total_num_scheduled_tokens,
                 sampled=sum(map(len, model_runner_output.sampled_token_ids or ())),
                 now=time.perf_counter(),
             )

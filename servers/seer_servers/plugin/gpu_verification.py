@@ -121,8 +121,13 @@ def _is_set(option: Any) -> bool:
 def _around_assign(_: Function) -> Function:
     """Leave the few operations uncompiled: compiling them for each new shape would hold up requests for seconds."""
 
-    def _assign(*arguments: Any) -> None:
-        adaptive_verification._assign_draft_token_budget(*arguments)  # noqa: SLF001 - it is what was compiled
+    def _assign(confidence: Any, requests: Any, capacities: torch.Tensor, budget: int, steps: int) -> None:
+        if len(capacities) == 1:
+            capacities.fill_(budget)  # less than its capacity, or vLLM would not ask
+        else:
+            adaptive_verification._assign_draft_token_budget(  # noqa: SLF001 - it is what was compiled
+                confidence, requests, capacities, budget, steps
+            )
 
     return _assign
 
@@ -148,6 +153,7 @@ class GroupedVerification(AdaptiveVerificationManager):  # type: ignore[misc]  #
     """vLLM's choice of how much to verify, with our confidences and costs."""
 
     _stale_idx: int  # vLLM's own: the page of confidences that the host reads
+    _pending_resets: list[int]  # and the slots whose entries on the other page are of requests that left
 
     def __init__(self, plain: AdaptiveVerificationManager, runner: Any) -> None:
         super().__init__(
@@ -171,10 +177,13 @@ class GroupedVerification(AdaptiveVerificationManager):  # type: ignore[misc]  #
     def add_request(self, req_idx: int) -> None:
         """Expect nothing of a request of which nothing is known."""
         self._stale_confidences[self._stale_idx].np[req_idx].fill(0.0)
-        self._pending_resets.append(req_idx)
-        for by_slot in self._choice[1:4]:
-            by_slot[req_idx].zero_()
-        self._choice.kinds[req_idx].fill_(-1)
+        self._pending_resets.append(req_idx)  # what is on the GPU the speculator sees to
+
+    def rest(self) -> None:
+        """Take part in a step that neither has drafts nor asks for any."""
+        self._last = None
+        if len(self._pending_resets) > self.req_states.max_num_reqs:
+            self._pending_resets = list(set(self._pending_resets))
 
     def record_confidences(self, confidence_probs: torch.Tensor, input_batch: Any) -> None:
         """Have the forecasts copied to the host, where the step after next reads them."""

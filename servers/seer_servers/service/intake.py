@@ -152,11 +152,11 @@ def adapter_named(name: str | None, service: Service) -> str:
     Raises:
         ApiError: 404, as vLLM says it: neither is called that.
     """
-    model = service.info.model
-    if not name or name == model:
+    names = (service.info.model, *service.info.aliases)
+    if not name or name in names:
         return ""
     if name not in service.adapters:
-        raise unknown_model(f"The model `{name}` does not exist. Valid aliases: {model}.")
+        raise unknown_model(f"The model `{name}` does not exist. Valid aliases: {', '.join(names)}.")
     return name
 
 

@@ -1,0 +1,56 @@
+"""`seer bench drafts`: ratios are taken within a repeat, and a turn never asks a prompt twice."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from seer_async.errors import UsageError
+from seer_async.types import Prompt
+from seer_cli.specbench import Point, Turn, measure_drafts, score_table, scores
+from seer_servers.fleet import EngineSpec
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def turn(contender: str, repeat: int, seconds: float, **counted: int) -> Turn:
+    counts = dict.fromkeys(("drafted", "accepted", "drafts", "steps", "steps_off"), 0) | counted
+    return Turn(
+        contender=contender, point=Point(8, 0.6), repeat=repeat, tokens=100, seconds=seconds, cpu_s=seconds, **counts
+    )
+
+
+def test_ratios_are_of_one_repeat_and_steps_off_of_all() -> None:
+    turns = [
+        turn("none", 0, 10.0),
+        turn("grouped", 0, 8.0, drafts=20, accepted=10, steps=60, steps_off=60),
+        turn("grouped", 1, 4.0, drafts=20, accepted=30, steps=40, steps_off=15),
+        turn("none", 1, 4.4),
+    ]
+    none, grouped = scores(turns)
+    assert none.speedup == 1.0
+    assert grouped.speedup == pytest.approx((1.25 + 1.1) / 2)
+    assert grouped.tokens_per_draft == 2.0
+    assert grouped.off_share == 0.75
+    assert none.off_share == 0
+    assert score_table(turns).row_count == 2
+
+
+async def test_a_turn_needs_as_many_prompts_as_groups(tmp_path: Path) -> None:
+    prompts = [Prompt(id=str(number), text="?") for number in range(3)]
+    with pytest.raises(UsageError, match="needs 4 prompts and there are 3"):
+        await measure_drafts(
+            EngineSpec(model="m"),
+            tmp_path,
+            prompts,
+            contenders=["none"],
+            points=[Point(1, 0.6), Point(16, 0.6)],
+            siblings=8,
+            max_tokens=8,
+            repeats=1,
+            waves=2,
+            say=print,
+            keep=print,
+        )
