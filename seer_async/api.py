@@ -5,7 +5,7 @@ Times are Unix seconds, durations seconds, lengths tokens, sizes bytes. Fields m
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -15,15 +15,27 @@ from seer_async.types import Sample
 RUNNING, DONE, CANCELLED, FAILED, LOST = "running", "done", "cancelled", "failed", "lost"
 
 
+_PROMPT = {
+    "properties": {
+        "id": {"type": "string"},
+        "prompt": {"type": "string"},
+        "messages": {"type": "array", "items": {"type": "object"}},
+        "prompt_token_ids": {"type": "array", "items": {"type": "integer", "minimum": 0}},
+    },
+    "oneOf": [{"required": [name]} for name in ("prompt", "messages", "prompt_token_ids")],
+}
+
+
 class RolloutOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """How a rollout is sampled: `n` responses to each prompt; what is not given is as the server is configured.
 
-    `sampling` holds options as `seer_async.sampling.Sampling` names them. With `stream` the answer is the stream of
-    samples itself.
+    `sampling` holds options as `seer_async.sampling.Sampling` names them; `model` is the served model or a LoRA
+    adapter. With `stream` the answer is the stream of samples itself.
     """
 
     n: int | None = None
     sampling: dict[str, Any] = {}
+    model: str | None = None
     chunk_size: int | None = None
     stream: bool = False
 
@@ -35,7 +47,7 @@ class RolloutRequest(RolloutOptions, frozen=True, kw_only=True, forbid_unknown_f
     which come out again as `extra`. Errors call a prompt by its place, from 1, as they call a dataset's line.
     """
 
-    prompts: list[dict[str, Any]]
+    prompts: list[Annotated[dict[str, Any], msgspec.Meta(extra_json_schema=_PROMPT)]]
 
 
 class TailView(msgspec.Struct, frozen=True, kw_only=True):

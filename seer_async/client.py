@@ -61,10 +61,16 @@ class Client:
         self._http.close()
 
     def rollout(
-        self, prompts: Iterable[PromptLike], *, n: int | None = None, chunk_size: int | None = None, **sampling: Any
+        self,
+        prompts: Iterable[PromptLike],
+        *,
+        n: int | None = None,
+        chunk_size: int | None = None,
+        model: str | None = None,
+        **sampling: Any,
     ) -> Rollout:
         """Begin a rollout: `n` responses to each prompt, a text, token ids or a dataset line's fields."""
-        options = begin_options(prompts, n, chunk_size, sampling)
+        options = begin_options(prompts, {"n": n, "chunk_size": chunk_size, "model": model}, sampling)
         return Rollout(self, self.call("POST", "/v1/rollouts", RolloutStatus, **options).id)
 
     def attach(self, rollout: str) -> Rollout:
@@ -170,10 +176,16 @@ class AsyncClient:
         await self._http.aclose()
 
     async def rollout(
-        self, prompts: Iterable[PromptLike], *, n: int | None = None, chunk_size: int | None = None, **sampling: Any
+        self,
+        prompts: Iterable[PromptLike],
+        *,
+        n: int | None = None,
+        chunk_size: int | None = None,
+        model: str | None = None,
+        **sampling: Any,
     ) -> AsyncRollout:
         """See `Client.rollout`."""
-        options = begin_options(prompts, n, chunk_size, sampling)
+        options = begin_options(prompts, {"n": n, "chunk_size": chunk_size, "model": model}, sampling)
         return AsyncRollout(self, (await self.call("POST", "/v1/rollouts", RolloutStatus, **options)).id)
 
     def attach(self, rollout: str) -> AsyncRollout:

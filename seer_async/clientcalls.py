@@ -84,11 +84,8 @@ def client_options(url: str, api_key: str | None) -> dict[str, Any]:
     }
 
 
-def begin_options(
-    prompts: Iterable[PromptLike], n: int | None, chunk_size: int | None, sampling: dict[str, Any]
-) -> dict[str, Any]:
-    """What the call that begins a rollout is made with; it may be repeated."""
-    given = {"n": n, "chunk_size": chunk_size}
+def begin_options(prompts: Iterable[PromptLike], given: dict[str, Any], sampling: dict[str, Any]) -> dict[str, Any]:
+    """What the call that begins a rollout is made with; it may be repeated. Of `given`, None is left out."""
     options = {name: value for name, value in given.items() if value is not None}
     body = {"prompts": [_fields(prompt) for prompt in prompts], "sampling": sampling} | options
     headers = {"Content-Type": "application/json", "Idempotency-Key": secrets.token_hex()}

@@ -161,8 +161,9 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     A streamed response is cut into chunks of `stream_chunk_size` tokens, which is how often its reader hears of it.
     API keys, several with commas between, are in the environment variable `api_key_env`, or one a line in
     `api_key_file`, which is read again when it changes. A body of at most `max_body_mib` must arrive within
-    `body_timeout_s`. An idle connection is closed after `keep_alive_s`. Told to stop, the server finishes what is open
-    for at most `shutdown_s`.
+    `body_timeout_s`, and not in a trickle. An idle connection is closed after `keep_alive_s`, one whose client takes
+    nothing of what is written after `unread_s`. Told to stop, the server finishes what is open for at most
+    `shutdown_s`.
     """
 
     host: str = "127.0.0.1"
@@ -174,13 +175,14 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     max_body_mib: float = 64.0
     body_timeout_s: float = 60.0
     keep_alive_s: float = 10.0
+    unread_s: float = 300.0
     shutdown_s: float = 30.0
 
     def __post_init__(self) -> None:
         _require(0 <= self.port <= 65_535, "serve.port must be from 0 (any free one) to 65535")  # noqa: PLR2004 - TCP
         _require(self.max_requests >= 1, "serve.max_requests must be at least 1")
         _require(self.stream_chunk_size >= 1, "serve.stream_chunk_size must be at least 1")
-        for name in ("max_body_mib", "body_timeout_s", "keep_alive_s", "shutdown_s"):
+        for name in ("max_body_mib", "body_timeout_s", "keep_alive_s", "unread_s", "shutdown_s"):
             _require(getattr(self, name) > 0, f"serve.{name} must be above 0")
 
 

@@ -11,6 +11,7 @@ Invariants (checked by `invariants.check` after every event in tests):
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -20,6 +21,7 @@ from seer_async.context import Context
 from seer_async.errors import FailureKind
 from seer_async.events import (
     AbortRequested,
+    AdapterChanged,
     Cancel,
     ChunkFailed,
     ChunkFinished,
@@ -124,6 +126,7 @@ class Core:
         self.migrations = 0
         self.pooled = 0  # tokens of prefixes that engines loaded from a KV pool, by their own account
         self.restarts = 0
+        self._adapters = Counter[str]()  # how often each LoRA adapter was replaced
         self._options = GroupOptions.of(config)
         self._tokenizer = tokenizer
         self._next_call = self._next_group = 0
@@ -175,6 +178,8 @@ class Core:
                 del self.instances[event.engine]
             case VersionSet():
                 self._set_version(event.version)
+            case AdapterChanged():
+                self._change_adapter(event.model)
             case Paused() | Resumed():
                 self.paused = isinstance(event, Paused)
                 self._idle_since = None
@@ -211,9 +216,7 @@ class Core:
             if request is None or request.state in TERMINAL:
                 continue
             if request.call is not None:
-                call = self.calls[request.call]
-                self._out.append(Cancel(call=call.id, engine=call.instance.name))
-                self._close(call.id)
+                self._drop(self.calls[request.call])
             request.finish_reason = "abort"
             self._end(request, State.UNFINISHED)
 
@@ -260,8 +263,7 @@ class Core:
     def _hold(self, instance: Instance, *, held: bool) -> None:
         if held and not instance.held:
             for call in [call for call in self.calls.values() if call.instance is instance]:
-                self._out.append(Cancel(call=call.id, engine=instance.name))
-                self._close(call.id)
+                self._drop(call)
                 self._put_back(call.request)
         instance.held = held
         self.buffer.unpark()
@@ -279,6 +281,19 @@ class Core:
     def _set_version(self, version: str) -> None:
         self.version = version
         self.buffer.unpark()
+
+    def _change_adapter(self, model: str) -> None:
+        self._adapters[model] += 1
+        for request in self.buffer.unfinished():
+            if request.group.options.model != model:
+                continue
+            if request.call is not None:
+                self._drop(self.calls[request.call])
+                self._put_back(request)
+            if request.group.options.mixed_versions == "mark":
+                request.mixed = request.mixed or request.generated > 0
+            elif request.generated:
+                self._restart(request)
 
     # Replies
 
@@ -397,6 +412,11 @@ class Core:
         if request.generated >= request.group.limit:
             return "length", None
         return None, None
+
+    def _drop(self, call: Call) -> None:
+        """Give up a call in flight; its request must be moved on."""
+        self._out.append(Cancel(call=call.id, engine=call.instance.name))
+        self._close(call.id)
 
     def _close(self, call_id: int) -> Call | None:
         """Take a call out of flight; None if its request is not waiting for it any more."""
@@ -575,20 +595,28 @@ class Core:
             ),
             max_tokens=call.max_tokens,
             weight_version=call.weight_version,
-            salt=request.group.options.salt,
+            model=request.group.options.model,
+            salt=self._salt(request.group.options),
             continues=request.generated + call.max_tokens < request.end,
         )
+
+    def _salt(self, options: GroupOptions) -> str:
+        """What keeps KV apart beside run and weights: an adapter and which one of its name, and the client's salt."""
+        return self._lineage(options) + (f"/{options.salt}" if options.salt else "")
+
+    def _lineage(self, options: GroupOptions) -> str:
+        return f"@{options.model}#{self._adapters[options.model]}" if options.model else ""
 
     def _kinship(self, call: Call) -> dict[str, str]:
         """What an engine that drafts is told: whose sibling the request is, and whether its tokens are urgent.
 
-        A response that began again under other weights is another sequence.
+        A response that began again under other weights, or another adapter, is another sequence.
         """
         request = call.request
         tail = self._input_closed and self.buffer.open <= _TAIL * self.buffer.total
         return {
             "seer_group": f"{self.run}/{request.group.id}",
-            "seer_request": f"{request.index}@{call.weight_version}",
+            "seer_request": f"{request.index}@{call.weight_version}{self._lineage(request.group.options)}",
             "seer_priority": "high" if tail or self.policy.is_probe(request) else "low",
         }
 
@@ -596,8 +624,7 @@ class Core:
 
     def _cancel_all(self) -> None:
         for call in list(self.calls.values()):
-            self._out.append(Cancel(call=call.id, engine=call.instance.name))
-            self._close(call.id)
+            self._drop(call)
             self._put_back(call.request)
 
     def _settle(self) -> None:
@@ -638,7 +665,8 @@ class Core:
     def _despair(self) -> None:
         self._idle_since = None
         stale = [i.name for i in self.instances.values() if i.up and i.version != self.version]
-        why = f"{', '.join(stale)} must get weight version {self.version} first" if stale else "none answers"
+        said = "; ".join(f"{i.name}: {i.last_error}" for i in self.instances.values() if i.last_error)
+        why = f"{', '.join(stale)} must get weight version {self.version} first" if stale else said or "none answers"
         for request in self.buffer.unfinished():
             self._fail(request, f"{NO_ENGINE}: {why}")
 

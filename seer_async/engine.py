@@ -16,7 +16,7 @@ import msgspec
 from seer_async.errors import EngineError, FailureKind
 from seer_async.telemetry import Metrics
 from seer_async.types import EngineInfo, EngineStats
-from seer_async.wire import DIALECTS, CallSpec
+from seer_async.wire import CallSpec, dialect_for
 
 if TYPE_CHECKING:
     from seer_async.types import ChunkReply, Prompt
@@ -42,6 +42,7 @@ class Answer(msgspec.Struct, frozen=True):
 class _Model(msgspec.Struct):
     id: str
     root: str | None = None
+    parent: str | None = None  # of a LoRA adapter
     max_model_len: int | None = None
 
 
@@ -55,10 +56,12 @@ class _SeerInfo(msgspec.Struct):
     max_model_len: int
     block_size: int
     num_blocks: int
+    aliases: tuple[str, ...] = ()
     root: str | None = None
     max_num_seqs: int | None = None
     vocab_size: int | None = None
     logprobs_mode: str | None = None
+    max_logprobs: int = 20
     weight_version: str = "unknown"
     capabilities: list[str] = []
     kv_pool: str | None = None
@@ -114,7 +117,7 @@ class EngineClient:
 
     async def generate(self, spec: CallSpec, info: EngineInfo, *, timeout_s: float) -> ChunkReply:
         """One chunk."""
-        dialect = DIALECTS[info.dialect]
+        dialect = dialect_for(spec, info)
         tops = 1 + int(spec.params.get("logprobs", 0))
         limit = _REPLY_BASE + spec.max_tokens * tops * _REPLY_PER_TOKEN + 8 * len(spec.prefix)
         body = await self._request("POST", dialect.path, dialect.encode(spec), timeout_s, limit)
@@ -173,6 +176,7 @@ class EngineClient:
         return EngineInfo(
             boot=metrics.boot,
             model=said.model,
+            aliases=said.aliases,
             root=said.root,
             max_model_len=said.max_model_len,
             block_size=said.block_size,
@@ -180,6 +184,7 @@ class EngineClient:
             max_num_seqs=said.max_num_seqs,
             vocab_size=said.vocab_size,
             logprobs_mode=said.logprobs_mode,
+            max_logprobs=said.max_logprobs,
             weight_version=said.weight_version,
             capabilities=frozenset(said.capabilities),
             shares_prefixes=metrics.shares_prefixes,
@@ -198,6 +203,7 @@ class EngineClient:
         return EngineInfo(
             boot=metrics.boot,
             model=model.id,
+            aliases=tuple(other.id for other in models.data[1:] if other.parent is None),
             root=model.root,
             max_model_len=model.max_model_len,
             block_size=metrics.cache_int("block_size"),

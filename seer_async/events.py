@@ -112,6 +112,15 @@ class VersionSet(msgspec.Struct, frozen=True, kw_only=True):
     version: str
 
 
+class AdapterChanged(msgspec.Struct, frozen=True, kw_only=True):
+    """The LoRA adapter of this name is replaced: what was sampled with the one before is not gone on with.
+
+    Comes while the core is paused, before any engine has the new one.
+    """
+
+    model: str
+
+
 class Paused(msgspec.Struct, frozen=True, kw_only=True):
     """Send nothing until `Resumed`; what is in flight goes on."""
 
@@ -146,6 +155,7 @@ Event = (
     | EngineAdded
     | EngineRemoved
     | VersionSet
+    | AdapterChanged
     | Paused
     | Resumed
     | Woke
@@ -160,6 +170,7 @@ Event = (
 class Dispatch(msgspec.Struct, frozen=True, kw_only=True):
     """Send a call: continue `prefix` for at most `max_tokens` tokens, as the request's chunk `n`, counted from 0.
 
+    `model` is a LoRA adapter, empty for the model itself; `salt` belongs behind the cache salt of run and weights.
     `continues` is False when the response ends with this chunk whatever the engine samples.
     """
 
@@ -172,6 +183,7 @@ class Dispatch(msgspec.Struct, frozen=True, kw_only=True):
     params: dict[str, Any]
     max_tokens: int
     weight_version: str
+    model: str = ""
     salt: str = ""
     continues: bool = True
 

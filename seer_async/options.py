@@ -16,9 +16,9 @@ class GroupOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How a group's responses are sampled and cut.
 
     `chunk_size` and `mixed_versions` are those of `RolloutConfig`. `passed` are sampling parameters of vLLM's that we
-    do not touch; every call carries them as they are. Groups of different `salt` share no KV. A response of an
-    `indivisible` group is one call, because its options have a state that does not survive a chunk border; one that was
-    cut short begins again.
+    do not touch; every call carries them as they are. `model` is a LoRA adapter, empty for the model itself. Groups of
+    different `salt` or `model` share no KV. A response of an `indivisible` group is one call, because its options have
+    a state that does not survive a chunk border; one that was cut short begins again.
     """
 
     sampling: Sampling = Sampling()
@@ -26,6 +26,7 @@ class GroupOptions(msgspec.Struct, frozen=True, kw_only=True):
     mixed_versions: str = "restart"
     passed: dict[str, Any] = {}
     salt: str = ""
+    model: str = ""
     indivisible: bool = False
 
     @classmethod

@@ -19,7 +19,16 @@ import msgspec
 
 from seer_async.core import Core
 from seer_async.errors import BusyError, RefusedError, SeerError
-from seer_async.events import AbortRequested, EngineHeld, GroupAdded, Paused, RequestsCancelled, Resumed, VersionSet
+from seer_async.events import (
+    AbortRequested,
+    AdapterChanged,
+    EngineHeld,
+    GroupAdded,
+    Paused,
+    RequestsCancelled,
+    Resumed,
+    VersionSet,
+)
 from seer_async.options import GroupOptions
 from seer_async.rollout import open_fleet
 from seer_async.sampling import mix_seed
@@ -38,6 +47,7 @@ if TYPE_CHECKING:
 
 _BUSY_RETRY_S = 1.0
 _END_S = 10.0
+_LOOK_S = 0.01
 _GROUPS_KEPT = 1024
 _LENGTHS_KEPT = 4096
 _ENDED_BY_ITSELF = {"stop", "length"}
@@ -115,6 +125,7 @@ class Service:
     """The engines at `urls`, ready for work inside the `async with` block.
 
     `gate` says why an engine, by its name, must not sample now although it could, or None; it may be replaced.
+    `adapters` are the LoRA adapters that all engines have which may sample; whoever loads them keeps the set.
 
     Raises:
         FleetError: On entering, if no engine can be used.
@@ -124,6 +135,8 @@ class Service:
         self.config = config
         self.run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
         self.paused: str | None = None  # the mode
+        self.adapters: set[str] = set()
+        self._lost_weights: str | None = None  # what is sampled from while engines have none
         self.gate: Callable[[str, EngineInfo], str | None] = lambda *_: None
         self._urls = urls
         self._clock = Clock()
@@ -133,7 +146,8 @@ class Service:
         self._groups: dict[bytes, str] = {}  # id of the latest group by what makes siblings
         self._held: list[GroupAdded] = []  # while paused
         self._held_sizes = Counter[str]()  # requests by group
-        self._unwanted: list[str] = []  # of those
+        self._held_prompts: dict[str, list[int]] = {}  # by request
+        self._unwanted: list[str] = []  # requests of those
         self._stack = contextlib.AsyncExitStack()
         self._loop_task: asyncio.Task[str] | None = None
 
@@ -211,6 +225,7 @@ class Service:
         if self.paused:
             self._held.append(event)
             self._held_sizes[group] += work.n
+            self._held_prompts |= dict.fromkeys(ticket.requests, work.prompt_token_ids)
         else:
             self._shell.post(event)
         return ticket
@@ -226,6 +241,8 @@ class Service:
         ids = work.prompt_token_ids
         if self._loop_task is None or self._loop_task.done():
             raise SeerError("the service has ended")
+        if work.options.model and work.options.model not in self.adapters:
+            raise RefusedError(f"there is no adapter {work.options.model!r}")
         if not ids:
             raise RefusedError("the prompt has no tokens")
         if room < 1:
@@ -276,7 +293,7 @@ class Service:
     async def pause(self, mode: str) -> None:
         """Send nothing more; what comes in waits for `resume`.
 
-        What is open ends as it is ("abort"), is finished first ("wait"), or stays as it is ("keep").
+        What is open is finished first ("wait"), stays as it is ("keep"), or is to be ended by `end` ("abort").
         """
         self.paused = mode
         if mode == "wait":
@@ -284,13 +301,24 @@ class Service:
             await self._desk.ended(self._open())
             return
         self._shell.post(Paused())
-        if mode == "abort":
-            self.abort(self._open())
+
+    async def end(self, grace_s: float) -> None:
+        """End what is open as it is, with all tokens that paused engines hand back within `grace_s` seconds."""
+        wanted = self._open()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                while any(call.request.id in wanted for call in self.core.calls.values()):  # noqa: ASYNC110 - a second
+                    await asyncio.sleep(_LOOK_S)
+        self.abort(wanted)
 
     def abort(self, requests: Iterable[str] | None = None) -> int:
-        """End these requests, or all that are not held by a pause, as they are; returns how many."""
-        wanted = self._open() if requests is None else self._open().intersection(requests)
-        self._shell.post(RequestsCancelled(requests=tuple(wanted)))
+        """End these requests, or all, as they are: without the tokens of a call in flight; returns how many."""
+        opened, held = self._open(), self._held_prompts.keys() - set(self._unwanted)
+        wanted = (opened | held) if requests is None else (opened | held).intersection(requests)
+        self._shell.post(RequestsCancelled(requests=tuple(wanted & opened)))
+        for request in wanted & held:
+            self._desk.emit(_ended(request, "abort", prompt=self._held_prompts[request]))
+            self._unwanted.append(request)
         return len(wanted)
 
     def _open(self) -> set[str]:
@@ -300,13 +328,28 @@ class Service:
         """Go on, with what has come in meanwhile."""
         self.paused = None
         self._shell.post(Resumed(), *self._held, RequestsCancelled(requests=tuple(self._unwanted)))
-        for held in (self._held, self._held_sizes, self._unwanted):
+        for held in (self._held, self._held_sizes, self._held_prompts, self._unwanted):
             held.clear()
 
     def set_version(self, version: str) -> None:
         """Sample from these weights only; what was begun with others begins again."""
         self._shell.post(VersionSet(version=version))
         self._shell.hurry()  # the core learns from telemetry which engines have it
+
+    def lose_weights(self) -> None:
+        """No engine has weights any more: nothing is sampled before the next `set_version`."""
+        self._serial += 1
+        self._lost_weights = f"none since sleep {self._serial}"
+        self._shell.post(VersionSet(version=self._lost_weights))
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether there are weights to sample from."""
+        return self._lost_weights is None or self.core.version != self._lost_weights
+
+    def change_adapter(self, name: str) -> None:
+        """A LoRA adapter is about to be replaced; the service must be paused."""
+        self._shell.post(AdapterChanged(model=name))
 
     def add_engine(self, url: str) -> str:
         """Make a server part of the fleet; returns its name."""
@@ -370,7 +413,7 @@ class _Desk:
     def end(self) -> None:
         """The service has ended: nobody should wait for it."""
         for request in list(self._tickets):
-            self.emit(_lost(request))
+            self.emit(_ended(request, "error", "the service has ended"))
 
     async def ended(self, requests: set[str]) -> None:
         """Return when nobody waits for any of these requests any more."""
@@ -413,8 +456,8 @@ class _Desk:
         pass
 
 
-def _lost(request: str) -> Sample:
-    """What becomes of a request when the service ends under it."""
+def _ended(request: str, finish_reason: str, error: str = "", prompt: Sequence[int] = ()) -> Sample:
+    """What becomes of a request that the core does not know, or no longer."""
     group, _, index = request.rpartition("/")
     now = time.time()
     return Sample(
@@ -423,14 +466,14 @@ def _lost(request: str) -> Sample:
         index=int(index),
         prompt=None,
         messages=None,
-        prompt_token_ids=[],
+        prompt_token_ids=list(prompt),
         token_ids=[],
         text=None,
         logprobs=[],
         top_logprobs=None,
-        finish_reason="error",
+        finish_reason=finish_reason,
         stop_reason="",
-        error="the service has ended",
+        error=error,
         seed=0,
         weight_version="",
         on_policy=False,

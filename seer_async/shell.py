@@ -31,6 +31,7 @@ from seer_async.events import (
     Wake,
     Woke,
 )
+from seer_async.salt import cache_salt
 from seer_async.snapshot import Snapshot, take_snapshot
 from seer_async.wire import CallSpec
 
@@ -245,10 +246,10 @@ class Shell:
         assert info is not None, "calls go to attached engines only"
         spec = CallSpec(
             request_id=f"{self._core.run}-{self._sink.life}-{dispatch.call}",
-            model=info.model,
+            model=dispatch.model or info.model,
             prefix=dispatch.prefix,
             params=dispatch.params,
-            cache_salt=f"{self._core.run}:{dispatch.weight_version}" + (f"/{dispatch.salt}" if dispatch.salt else ""),
+            cache_salt=cache_salt(self._core.run, dispatch.weight_version, dispatch.salt),
             max_tokens=dispatch.max_tokens,
             vocab_size=info.vocab_size,
             load=self._config.engine.kv_pool or info.kv_pool is None,

@@ -11,12 +11,15 @@ OpenAI-style /v1/completions that every server has.
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
 from seer_async.errors import EngineError, FailureKind
 from seer_async.types import ChunkReply, TopLogprob, VersionSpan
+
+if TYPE_CHECKING:
+    from seer_async.types import EngineInfo
 
 _LOGPROB_FLOOR = -9999.0  # what vLLM writes for minus infinity and NaN
 _LOGPROB_SLACK = 1e-3  # a log-softmax in low precision may round above 0
@@ -245,6 +248,16 @@ def _tops(top: dict[str, float]) -> list[TopLogprob]:
 
 
 DIALECTS: dict[str, Dialect] = {d.name: d for d in (Generate(), Completions())}
+
+
+def dialect_for(spec: CallSpec, info: EngineInfo) -> Dialect:
+    """How a call is put to an engine: as it was attached, but as completions where only those give all alternatives.
+
+    /inference/v1/generate leaves out the last one where the sampled token is not among them, and it is asked for one
+    more because of that; an engine refuses that one more at its limit.
+    """
+    at_the_limit = 0 < spec.params["logprobs"] >= info.max_logprobs
+    return DIALECTS["completions" if at_the_limit else info.dialect]
 
 
 def _decode(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:

@@ -23,10 +23,11 @@ if TYPE_CHECKING:
 POOL_BYTES = 1 << 30
 START_AND_TEST_S = 600  # two engines and the tests share what may be two busy cores
 OF_THE_FLEET = tuple(
-    f"tests/vllm/test_{of}.py" for of in ("drafting", "exactness", "kvpool", "rollout", "serve", "trainers")
+    f"tests/vllm/test_{of}.py" for of in ("drafting", "exactness", "kvpool", "rollout", "serve", "control", "trainers")
 )
 LONG = (
     OF_THE_FLEET,
+    "tests/vllm/test_adapters.py",
     "tests/vllm/test_mooncake.py",
     "tests/live/",
     "tests/test_fleet",

@@ -27,6 +27,7 @@ from seer_cli.engines import local_pool, local_spec, require_vllm
 from seer_cli.options import config_from, given
 from seer_cli.output import machine_errors, print_json
 from seer_cli.process import calm_gc
+from seer_servers.filelimit import raise_file_limit
 from seer_servers.fleetfile import fleet_urls
 
 if TYPE_CHECKING:
@@ -329,6 +330,7 @@ async def _roll(
     emitted: frozenset[str] = frozenset(),
 ) -> Result:
     display.run = folder.info.run
+    raise_file_limit()
     calm_gc()
     try:
         with _interrupts(rollout, display):

@@ -13,6 +13,7 @@ from seer_cli.display import make_display
 from seer_cli.options import config_from
 from seer_cli.process import calm_gc
 from seer_cli.rollout import engine_urls
+from seer_servers.filelimit import raise_file_limit
 from seer_servers.service.keys import Keys
 from seer_servers.service.serve import serve as serve_fleet
 
@@ -130,6 +131,7 @@ def serve(
         "fleet.draft": draft,
     }
     resolved = config_from(config, set_ or [], options)
+    raise_file_limit()
     Keys(resolved.serve)  # a wrong host or key is found before engines are started
     uvloop.run(_run(resolved))
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from seer_async.events import ChunkFinished
+from seer_async.events import AdapterChanged, ChunkFinished
+from seer_async.options import GroupOptions
 from seer_async.types import ChunkReply, VersionSpan
 
 from .hand import Hand
@@ -89,3 +90,21 @@ def test_a_reading_of_another_process_says_nothing() -> None:
     hand.report("a", boot="one", weight_version="v1", kv_used=1.0, preemptions=3)
     assert hand.core.instances["a"].version == "v2"
     assert hand.core.instances["a"].stats is None
+
+
+@pytest.mark.parametrize("mixed", ["restart", "mark"])
+def test_what_an_adapter_before_has_sampled_is_not_gone_on_with(mixed: str) -> None:
+    hand = Hand(**RESTART).up(version="v1")
+    for model in ("", "tiny"):
+        options = GroupOptions(chunk_size=10, model=model, salt="s", mixed_versions=mixed)
+        hand.groups(model or "base", options=options)
+    assert [(call.model, call.salt) for call in hand.sent] == [("", "/s"), ("tiny", "@tiny#0/s")]
+    for request in ("base/0", "tiny/0"):
+        hand.answer(request, version="v1")
+    hand.post(AdapterChanged(model="tiny"))
+    base, tiny = hand.sent
+    assert (len(base.prefix), base.salt) == (13, "/s")
+    assert (len(tiny.prefix), tiny.salt) == (3 if mixed == "restart" else 13, "@tiny#1/s")
+    for request in ("base/0", "tiny/0"):
+        hand.answer(request, 1, "stop", version="v1")
+    assert [hand.samples[request].on_policy for request in ("base/0", "tiny/0")] == [True, mixed == "restart"]

@@ -141,6 +141,8 @@ async def test_pause(engines: list[MockProcess], mode: str) -> None:
         before = service.submit(work(7, n=4))
         await asyncio.sleep(0.05)
         await service.pause(mode)
+        if mode == "abort":
+            await service.end(2.0)
         during = [service.submit(work(7)), service.submit(work(7)), service.submit(work(8))]
         unwanted = service.submit(work(7, n=2))
         service.cancel(unwanted)

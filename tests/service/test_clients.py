@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import jsonschema_rs
+import msgspec
 import openai
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from openai import AsyncOpenAI
 from schemathesis import GenerationMode
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
 
 from tests.service.server import MESSAGES, PROMPT, reference, served
 
@@ -18,6 +25,7 @@ if TYPE_CHECKING:
     from tests.live.engines import MockProcess
 
 EXAMPLES = 12  # of each operation
+DESCRIBED = (status_code_conformance, content_type_conformance, response_schema_conformance)
 
 
 async def test_openai(engines: list[MockProcess]) -> None:
@@ -63,7 +71,7 @@ async def test_openai(engines: list[MockProcess]) -> None:
 
 
 async def test_no_request_breaks_it(engines: list[MockProcess]) -> None:
-    """Generated from the OpenAPI document, right and wrong: never a 5xx."""
+    """Generated from the OpenAPI document, right and wrong: never a 5xx, and the answer is one that it describes."""
     async with served(engines) as (service, http):
         schema = await asyncio.to_thread(schemathesis.openapi.from_url, f"{http.base_url}/openapi.json")
         seen: list[int] = []
@@ -85,9 +93,43 @@ async def test_no_request_breaks_it(engines: list[MockProcess]) -> None:
                     response = case.call(base_url=str(http.base_url), timeout=10)
                     seen.append(response.status_code)
                     assert response.status_code < 500, (case.method, case.path, case.body, response.text)
+                    case.validate_response(response, checks=[*DESCRIBED])
 
                 one()
 
         await asyncio.to_thread(check)
-        assert len(seen) > 50 and 200 in seen and 400 in seen
+        assert len(seen) > 50 and {200, 400, 404} <= set(seen)
         assert not service.core.buffer.open
+
+
+async def test_the_streams_of_rollouts_are_described(engines: list[MockProcess]) -> None:
+    """What the document says of a line or an event holds for those that are sent."""
+    async with served(engines) as (_, http):
+        document = (await http.get("/openapi.json")).json()
+        begin, read = document["paths"]["/v1/rollouts"]["post"], document["paths"]["/v1/rollouts/{id}/samples"]["get"]
+        assert list(begin["requestBody"]["content"]) == ["application/json", "application/x-ndjson"]
+        assert {status: list(answer["content"]) for status, answer in begin["responses"].items()} == {
+            "200": ["application/x-ndjson"],
+            "202": ["application/json"],
+            "4XX": ["application/json"],
+            "5XX": ["application/json"],
+        }
+
+        def right(answer: dict[str, Any], media: str) -> jsonschema_rs.Validator:
+            schema = answer["content"][media]["schema"]
+            return jsonschema_rs.validator_for(schema | {"components": document["components"]})
+
+        asked = {"prompts": [{"prompt_token_ids": PROMPT}], "n": 3, "sampling": {"max_tokens": 20, "logprobs": 2}}
+        begun = await http.post("/v1/rollouts", json=asked)
+        assert begun.status_code == 202
+        assert right(begin["responses"]["202"], "application/json").is_valid(begun.json())
+        streamed = await http.post("/v1/rollouts", json=asked | {"stream": True})
+        lines = [msgspec.json.decode(line) for line in streamed.text.splitlines() if line]
+        assert len(lines) == 3 and all(map(right(begin["responses"]["200"], "application/x-ndjson").is_valid, lines))
+        for by, count in (("sample", 4), ("group", 2)):
+            events = await http.get(
+                begun.headers["Location"] + "/samples", params={"by": by}, headers={"Accept": "text/event-stream"}
+            )
+            said = [msgspec.json.decode(line[6:]) for line in events.text.splitlines() if line.startswith("data: ")]
+            valid = right(read["responses"]["200"], "text/event-stream").is_valid
+            assert len(said) == count and all(map(valid, said)) and not valid({})

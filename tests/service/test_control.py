@@ -6,6 +6,7 @@ import asyncio
 import random
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import httpx
 import msgspec
@@ -273,6 +274,42 @@ async def test_sleep_and_wake_up(engines: list[MockProcess]) -> None:
         assert "v2" in {sample.weight_version for sample in samples}
 
 
+async def test_nothing_is_sampled_after_a_sleep_that_discards_weights(engines: list[MockProcess]) -> None:
+    """Until there are new ones: by an update while they sleep, or by another way that ends with a name for them."""
+    async with trainer(engines[:2], patience_s=60.0) as it:
+        ticket = it.submit(1, options=LONG)
+        await asyncio.sleep(0.05)
+        await it.post("/sleep", level=2, mode="keep")
+        assert (await it.post("/wake_up"))["status"] == "awake"
+        assert await it.states() == {"engine-0": "STALE", "engine-1": "STALE"}
+        assert (await it.refused("GET", "/weight_info"))[0] == 409
+        engines[1].kill()
+        await engines[1].start()  # a new process has weights, but not those that are wanted
+        await asyncio.sleep(1.5)
+        assert not ticket.done
+        assert await it.states() == {"engine-0": "STALE", "engine-1": "STALE"}
+        await it.post("/update_weight_version", {"new_version": "v2"})
+        for sample in await ticket.all():
+            assert {chunk.weight_version for chunk in sample.chunks} == {sample.weight_version} == {"v2"}
+        await it.becomes(engine_0="UP", engine_1="UP")
+
+        await it.post("/sleep", level=2, mode="abort")
+        assert (await it.post("/wake_up", tags="weights"))["status"] == "sleeping"
+        await it.update("v3")
+        ticket = it.submit(2)
+        assert (await it.post("/wake_up", tags="kv_cache"))["status"] == "awake"
+        for sample in await ticket.all():
+            assert_right(sample, "v3")
+
+
+async def test_what_waits_for_weights_in_vain_is_told_so(engines: list[MockProcess]) -> None:
+    async with trainer(engines[:1]) as it:
+        await it.post("/sleep", level=2)
+        await it.post("/wake_up")
+        (sample,) = await it.submit(3, n=1).all()  # patience is 3 s
+        assert "must get weight version none since sleep" in sample.error
+
+
 async def test_abort_requests(engines: list[MockProcess]) -> None:
     async with trainer(engines[:2]) as it:
         first, second = it.submit(1, options=LONG), it.submit(2, options=LONG)
@@ -282,6 +319,25 @@ async def test_abort_requests(engines: list[MockProcess]) -> None:
         assert not second.done
         assert (await it.post("/abort_requests", {}))["aborted"] == 4
         assert second.done
+
+
+async def test_an_abort_hands_back_what_engines_have_sampled(engines: list[MockProcess]) -> None:
+    """In the middle of a chunk, and what waits for the resume ends with nothing."""
+    options = GroupOptions(sampling=Sampling(max_tokens=5000, ignore_eos=True), chunk_size=5000)
+    async with trainer(engines[:2]) as it:
+        ticket = it.submit(1, options=options)
+        await asyncio.sleep(0.4)
+        await it.post("/pause", mode="abort")
+        samples = await ticket.all()
+        assert {sample.finish_reason for sample in samples} == {"abort"}
+        assert all(0 < len(sample.token_ids) < 5000 for sample in samples)
+        late, later = it.submit(2), it.submit(2)
+        assert (await it.post("/abort_requests", {"request_ids": late.requests}))["aborted"] == 4
+        assert [(sample.finish_reason, sample.token_ids) for sample in await late.all()] == [("abort", [])] * 4
+        await it.post("/resume")
+        for sample in await later.all():
+            assert_right(sample)
+        assert not it.service.core.buffer.open
 
 
 # Behind our back
@@ -394,6 +450,25 @@ async def test_no_two_updates_have_the_same_version_whatever_the_trainer_calls_t
         assert len({"default", *versions}) == 6
         assert (await it.post("/update_weight_version", {"new_version": "step-1#2"}))["new_version"] == "step-1#2"
         assert (await it.post("/update_weight_version", {"new_version": "step-1"}))["new_version"] == "step-1#3"
+
+
+async def test_an_update_in_one_call(engines: list[MockProcess]) -> None:
+    """As prime-rl asks for it: pause, a folder of weights, resume."""
+    async with trainer(engines[:2]) as it:
+        tickets = [it.submit(number) for number in range(4)]
+        await asyncio.sleep(0.1)
+        await it.post("/pause", mode="keep", clear_cache="false")
+        await it.post("/update_weights", {"weight_dir": "/broadcasts/step_7"})
+        assert await it.get("/is_paused") == {"is_paused": True}
+        await it.post("/resume")
+        for ticket in tickets:
+            for sample in await ticket.all():
+                assert_right(sample)
+        assert it.service.core.version == "step_7"
+        for engine in engines[:2]:
+            (call,) = await calls(engine, "/update_weights")
+            assert msgspec.json.decode(call["body"]) == {"update_info": {"path": "/broadcasts/step_7"}}
+        assert (await it.refused("POST", "/update_weights", {}))[0] == 400
 
 
 async def test_a_repeated_finish_changes_nothing_and_an_overlap_is_refused(engines: list[MockProcess]) -> None:
@@ -612,6 +687,13 @@ async def test_workers_come_and_go(engines: list[MockProcess]) -> None:
             assert (await it.http.delete("/workers/engine-2")).status_code == 200
             with pytest.raises(FleetError, match="has no engine"):
                 await it.service.fleet.tokenise([Prompt(id="p", text="nobody reads this")])
+
+
+async def test_workers_are_removed_as_routers_do_it(engines: list[MockProcess]) -> None:
+    async with trainer(engines[:2]) as it:
+        reply = await it.http.delete(f"/workers/{quote(engines[0].url, safe='')}")
+        assert reply.status_code == 200 and reply.json()["url"] == engines[0].url
+        assert list(await it.states()) == ["engine-1"]
 
 
 async def test_an_engine_added_after_an_update_is_stale(engines: list[MockProcess]) -> None:

@@ -232,3 +232,32 @@ async def test_an_engine_is_asked_the_very_same_question(engines: list[MockProce
     for each in rendered:
         each[0].pop("request_id")
     assert rendered[0] == rendered[1]
+
+
+async def test_clients_abort_requests_by_the_names_that_they_know(engines: list[MockProcess]) -> None:
+    sampling = {"max_tokens": 10_000, "ignore_eos": True}
+    async with served(engines) as (service, client):
+
+        async def ask(path: str, name: str, **body: Any) -> tuple[str, list[str]]:
+            reply = (await client.post(path, json=body, headers={"X-Request-Id": name})).json()
+            return reply.get("id") or reply["request_id"], [choice["finish_reason"] for choice in reply["choices"]]
+
+        tasks = [
+            asyncio.create_task(each)
+            for each in (
+                ask(COMPLETIONS, "a", prompt=[PROMPT, PROMPT], n=2, **sampling),
+                ask(CHAT, "a-b", messages=MESSAGES, **sampling),
+                ask(GENERATE, "c", token_ids=PROMPT, sampling_params=sampling),
+                ask(GENERATE, "d", token_ids=PROMPT, sampling_params=sampling | {"max_tokens": 500}),
+            )
+        ]
+        while service.core.buffer.open < 7:
+            await asyncio.sleep(0.01)
+        for names, count in ((["cmpl-a-1"], 2), (["chatcmpl-a-b", "c", "unknown"], 2), (["a"], 2)):
+            assert (await post(client, "/abort_requests", request_ids=names))["aborted"] == count
+        assert await asyncio.gather(*tasks) == [
+            ("cmpl-a", ["abort"] * 4),
+            ("chatcmpl-a-b", ["abort"]),
+            ("generate-tokens-c", ["abort"]),
+            ("generate-tokens-d", ["length"]),
+        ]

@@ -3,11 +3,13 @@
 import json
 from typing import Any
 
+import msgspec
 import pytest
 
 from seer_async.errors import EngineError, FailureKind
-from seer_async.types import TopLogprob, VersionSpan
-from seer_async.wire import DIALECTS, CallSpec
+from seer_async.salt import cache_salt
+from seer_async.types import EngineInfo, TopLogprob, VersionSpan
+from seer_async.wire import DIALECTS, CallSpec, dialect_for
 
 SPEC = CallSpec(
     request_id="run-0-1",
@@ -120,3 +122,21 @@ def test_both_dialects_send_prefix_params_and_salt() -> None:
     assert generate["sampling_params"]["extra_args"] == completion["vllm_xargs"] == {"seer_prompt_len": 2}
     assert "extra_args" not in completion
     assert (generate["sampling_params"]["logprobs"], completion["logprobs"]) == (2, 1)
+
+
+@pytest.mark.parametrize(("alternatives", "name"), [(0, "generate"), (19, "generate"), (20, "completions")])
+def test_the_most_alternatives_are_asked_for_where_they_are_all_given(alternatives: int, name: str) -> None:
+    info = EngineInfo(boot="b", model="m", max_model_len=8, block_size=1, num_blocks=8)
+    spec = msgspec.structs.replace(SPEC, params=SPEC.params | {"logprobs": alternatives})
+    assert dialect_for(spec, info).name == name
+    assert dialect_for(spec, msgspec.structs.replace(info, max_logprobs=50)).name == "generate"
+    assert dialect_for(spec, msgspec.structs.replace(info, dialect="completions")).name == "completions"
+
+
+def test_a_cache_salt_is_one_that_engines_take() -> None:
+    assert cache_salt("run", "step-1", "") == "run:step-1"
+    odd = [("step/1", ""), ("step", "/1"), ("step", "@tiny#0"), ("step", "@tiny#0/mine"), ("v" * 200, ""), ("\0", "")]
+    salts = {cache_salt("run", *parts) for parts in odd}
+    assert len(salts) == len(odd), "no two of them share KV"
+    for salt in salts:
+        assert salt.startswith("run:") and len(salt) <= 128 and not set(salt) & set("@/\\\0")

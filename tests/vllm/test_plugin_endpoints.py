@@ -30,6 +30,7 @@ class FakeClient:
             max_model_len=2048,
             dtype=torch.bfloat16,
             logprobs_mode="raw_logprobs",
+            max_logprobs=20,
             get_vocab_size=lambda: VOCAB,
         )
         self.vllm_config = SimpleNamespace(
@@ -75,6 +76,7 @@ class TestEndpoints:
         assert answer == {
             "vllm": "0.32.0",
             "model": "tiny",
+            "aliases": ["alias"],
             "root": "/models/tiny",
             "max_model_len": 2048,
             "max_num_seqs": 8,
@@ -84,6 +86,7 @@ class TestEndpoints:
             "dtype": "bfloat16",
             "vocab_size": VOCAB,
             "logprobs_mode": "raw_logprobs",
+            "max_logprobs": 20,
             "weight_version": "7",
             "kv_pool": None,
             "boot_id": "b0",

@@ -23,11 +23,18 @@ COMPLETIONS, CHAT, GENERATE = "/v1/completions", "/v1/chat/completions", "/infer
 MESSAGES = [{"role": "user", "content": "Name three colours and one animal with an umlaut: \u00e4\u00f6\u00fc \u732b"}]
 IDS = {"return_token_ids": True}
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 40}
-NOT_COMPARED = {"id", "request_id", "created", "system_fingerprint", "metrics", "rank"}
+MOST = 20  # alternatives that vLLM gives; hot samples are often not among them
+HOT: dict[str, Any] = {"seed": 5, "max_tokens": 12, "temperature": 2.0}
+_PREFIX = {COMPLETIONS: "cmpl", CHAT: "chatcmpl", GENERATE: "generate-tokens"}
+_ENDS = ("finish_reason", "stop_reason")
+NOT_COMPARED = {"id", "request_id", "created", "system_fingerprint", "metrics", "rank", "kv_transfer_params"}
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     (COMPLETIONS, {"prompt": ["The sea is", "One, two,"], "logprobs": 2} | IDS | GREEDY),
     (COMPLETIONS, {"prompt": "The sea is", "stop": [" the", "\n\n"]} | IDS | GREEDY),
+    (COMPLETIONS, {"prompt": "The sea is", "cache_salt": "mine"} | GREEDY),
+    (GENERATE, {"token_ids": [504, 3413], "cache_salt": "mine", "sampling_params": GREEDY}),
+    (COMPLETIONS, {"prompt": "The sea is", "stop_token_ids": [30, 28, 282], "logprobs": 0} | IDS | GREEDY),
     (COMPLETIONS, {"prompt": "The sea is", "stop": " blue", "include_stop_str_in_output": True} | IDS | GREEDY),
     (COMPLETIONS, {"prompt": [[504, 3413, 314]], "logprobs": 1, "return_tokens_as_token_ids": True} | IDS | GREEDY),
     (COMPLETIONS, {"prompt": "Once", "n": 2, "seed": 7, "max_tokens": 40, "presence_penalty": 0.7} | IDS),
@@ -40,13 +47,22 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         GENERATE,
         {"token_ids": [504, 3413, 314], "sampling_params": {"n": 2, "seed": 3, "max_tokens": 40, "logprobs": 0}},
     ),
+    (COMPLETIONS, {"prompt": "Any word", "logprobs": MOST, "return_tokens_as_token_ids": True} | IDS | HOT),
+    (CHAT, {"messages": MESSAGES, "logprobs": True, "top_logprobs": MOST} | IDS | HOT),
+    (GENERATE, {"token_ids": [504, 3413], "sampling_params": {"logprobs": MOST} | HOT}),
+    (COMPLETIONS, {"prompt": "A word:", "structured_outputs": {"choice": ["yes", "no"]}, "logprobs": MOST} | GREEDY),
 ]
 REFUSED: list[tuple[str, dict[str, Any]]] = [
     (COMPLETIONS, {"prompt": "x", "temperature": -1}),
     (COMPLETIONS, {"prompt": "x" * 20_000}),
     (COMPLETIONS, {"prompt": "x", "model": "other"}),
+    (COMPLETIONS, {"prompt": "x", "logprobs": MOST + 1}),
+    (GENERATE, {"token_ids": [504], "sampling_params": {"logprobs": MOST + 1}}),
+    (CHAT, {"messages": MESSAGES, "logprobs": True, "top_logprobs": MOST + 1}),
     (CHAT, {"messages": MESSAGES, "top_logprobs": 2}),
     (CHAT, {"messages": []}),
+    (COMPLETIONS, {"prompt": "x", "cache_salt": "a/b"}),
+    (GENERATE, {"token_ids": [504], "sampling_params": {}, "cache_salt": "a@b"}),
 ]
 
 
@@ -71,8 +87,16 @@ async def _alike(engine: httpx.AsyncClient, service: httpx.AsyncClient, path: st
     said = [(await client.post(path, json=body)).raise_for_status().json() for client in (engine, service)]
     differ = list(differences(*said))
     assert not differ, (path, body, differ)
-    if path != GENERATE:
-        assert "".join([text async for text in streamed(service, path, body)]) == "".join(texts(said[0]))
+    assert [name.rpartition("-")[0] for name in map(_id, said)] == [_PREFIX[path]] * 2
+    told = [await streamed(client, path, body) for client in (engine, service)]
+    differ = list(differences(*told))
+    assert not differ, (path, body, differ)
+    assert told[1]["texts"] == (list(texts(said[0])) if path != GENERATE else [""] * len(said[0]["choices"]))
+
+
+def _id(reply: dict[str, Any]) -> str:
+    name: str = reply.get("id") or reply["request_id"]
+    return name
 
 
 async def marked(engine: httpx.AsyncClient, body: dict[str, Any]) -> dict[str, Any]:
@@ -92,25 +116,58 @@ def texts(reply: dict[str, Any]) -> Iterator[str]:
         yield choice["message"]["content"] if "message" in choice else choice["text"]
 
 
-async def streamed(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> Any:
-    """Yield the texts of the responses, in order, as a stream tells them."""
-    told: dict[int, str] = {}
-    async with client.stream("POST", path, json=body | {"stream": True}) as reply:
-        async for line in reply.aiter_lines():
-            if line and line != "data: [DONE]":
-                for choice in msgspec.json.decode(line.removeprefix("data: "))["choices"]:
-                    text = choice["text"] if "text" in choice else choice["delta"].get("content", "")
-                    told[choice["index"]] = told.get(choice["index"], "") + text
-    for _, text in sorted(told.items()):
-        yield text
+async def streamed(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    """What a stream tells of the responses, in order, however it is cut; and what its events are called."""
+    asked = {"stream": True, "stream_options": {"include_usage": True}}
+    reply = (await client.post(path, json=body | asked)).raise_for_status()
+    lines = [line.removeprefix("data: ") for line in reply.text.splitlines() if line]
+    assert lines.pop() == "[DONE]"
+    events = [msgspec.json.decode(line) for line in lines]
+    found: dict[int, list[dict[str, Any]]] = {}
+    for choice in (choice for event in events for choice in event["choices"]):
+        found.setdefault(choice["index"], []).append(choice)
+    responses = [pieces for _, pieces in sorted(found.items())]
+    return {
+        "texts": ["".join(_said(piece) for piece in pieces) for pieces in responses],
+        "roles": [
+            [piece["delta"]["role"] for piece in pieces if "role" in piece.get("delta", {})] for pieces in responses
+        ],
+        "token_ids": [[token for piece in pieces for token in piece.get("token_ids") or []] for pieces in responses],
+        "ends": [[piece[name] for piece in pieces if piece.get(name)] for pieces in responses for name in _ENDS],
+        "logprobs": [_joined([piece["logprobs"] for piece in pieces if piece.get("logprobs")]) for pieces in responses],
+        "prompts": sorted(filter(None, map(_prompt, (*events, *(c for e in events for c in e["choices"]))))),
+        "usage": events[-1]["usage"],
+        "events": {event.get("object") for event in events},
+        "ids": {_id(event).rpartition("-")[0] for event in events},
+    }
+
+
+def _said(piece: dict[str, Any]) -> str:
+    text: str = piece["delta"].get("content") or "" if "delta" in piece else piece.get("text") or ""
+    return text
+
+
+def _prompt(part: dict[str, Any]) -> list[int] | None:
+    return part.get("prompt_token_ids")
+
+
+def _joined(parts: list[dict[str, list[Any]]]) -> dict[str, list[Any]]:
+    return {name: [value for part in parts for value in part[name] or []] for name in (parts[0] if parts else ())}
+
+
+def _ordered(tops: list[Any]) -> list[Any]:
+    """The sampled token first, as it comes; neighbours with almost the same logprob may change places."""
+    return tops[:1] + sorted(tops[1:], key=lambda top: str(top.get("token", top.get("token_id"))))
 
 
 def differences(ours: Any, theirs: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Where two answers differ; numbers may differ in the last digits, and what is null may be left out."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
-        for name in (ours.keys() | theirs.keys()) - NOT_COMPARED:
+        for name in (ours.keys() | theirs.keys()) - NOT_COMPARED - _named_before(theirs):
             yield from differences(ours.get(name), theirs.get(name), f"{where}.{name}")
     elif isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+        if where.endswith(".top_logprobs"):
+            ours, theirs = _ordered(ours), _ordered(theirs)
         for number, pair in enumerate(zip(ours, theirs, strict=True)):
             yield from differences(*pair, f"{where}[{number}]")
     elif isinstance(ours, float) and isinstance(theirs, float):
@@ -118,3 +175,11 @@ def differences(ours: Any, theirs: Any, where: str = "") -> Iterator[tuple[str, 
             yield where, ours, theirs
     elif ours != theirs:
         yield where, ours, theirs
+
+
+def _named_before(said: dict[str, Any]) -> set[str]:
+    """The name that a sampled token had before vLLM 0.32; only the service tells it beside the id."""
+    if not {"token", "token_id"} <= said.keys():
+        return set()
+    assert said["token"] == f"token_id:{said['token_id']}"
+    return {"token"}

@@ -1,4 +1,6 @@
-"""Trainers' own packages against `seer serve` over real engines: TRL, openai, and GRPO with new weights every step."""
+"""Trainers against `seer serve` over real engines: TRL's and openai's own packages, the requests of SkyRL and prime-rl,
+and GRPO with new weights every step.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +20,7 @@ from seer_async.client import Client
 from seer_async.config import resolve
 from seer_servers.model import ensure_default_model
 from seer_servers.service.serve import serving
+from tests.vllm.putback import put_back
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -117,6 +120,70 @@ async def _asked_by_openai(url: str) -> list[Any]:
     ]
 
 
+async def test_generate(vllm_fleet: LocalFleet) -> None:
+    """The requests of SkyRL and of prime-rl (renderers): what they read is what the engine itself answers."""
+    async with served(vllm_fleet) as (service, url):
+        ours, theirs = [await _generated(each) for each in (url, vllm_fleet.urls[-1])]
+        for one, other in zip(ours, theirs, strict=True):
+            assert one["token_ids"] == other["token_ids"] and one["finish_reason"] == other["finish_reason"]
+            contents = [each["logprobs"]["content"] for each in (one, other)]
+            assert [p["token_id"] for p in contents[0]] == one["token_ids"]
+            assert [p["token"] for p in contents[0]] == [f"token_id:{token}" for token in one["token_ids"]]
+            logprobs = [[p["logprob"] for p in content] for content in contents]
+            assert logprobs[0] == pytest.approx(logprobs[1], abs=2e-3)
+        whole = ours[-1]["token_ids"]
+        kept = await _paused(service, url, "keep")
+        assert (kept["token_ids"], kept["finish_reason"]) == (whole, "length"), "nobody can tell afterwards"
+        aborted = await _paused(service, url, "abort")
+        begun = aborted["token_ids"]
+        assert aborted["finish_reason"] == "abort" and 0 < len(begun) < len(whole)
+        rest = LONG | {"max_tokens": len(whole) - len(begun)}
+        (continued,) = await _generated(url, ([*PROMPT, *begun], rest))
+        assert begun + continued["token_ids"] == whole
+
+
+PROMPT = [504, 3413, 314]
+SKYRL = {
+    "min_tokens": 1, "skip_special_tokens": True, "include_stop_str_in_output": True, "max_tokens": 30, "top_p": 1.0,
+    "top_k": -1, "min_p": 0.0, "logprobs": 1, "stop": None, "temperature": 0.0,
+}  # fmt: skip
+RENDERERS = {
+    "temperature": 0.0,
+    "max_tokens": 30,
+    "stop_token_ids": [0, 2],
+    "logprobs": 1,
+    "skip_special_tokens": False,
+}
+LONG = SKYRL | {"max_tokens": 64, "ignore_eos": True}
+
+
+async def _generated(url: str, *asked: tuple[list[int], dict[str, Any]]) -> list[Any]:
+    asked = asked or ((PROMPT, SKYRL), ([504], RENDERERS), (PROMPT, LONG))
+    async with httpx.AsyncClient(base_url=url, timeout=120, headers={"X-Session-ID": "trajectory-1"}) as client:
+        model = (await client.get("/v1/models")).json()["data"][0]["id"]
+        bodies = [
+            {"sampling_params": params, "model": model, "token_ids": prompt, "cache_salt": "3"}
+            for prompt, params in asked
+        ]
+        replies = [await client.post("/inference/v1/generate", json=body) for body in bodies]
+    assert all(reply.is_success for reply in replies), [reply.text[:500] for reply in replies]
+    return [reply.json()["choices"][0] for reply in replies]
+
+
+async def _paused(service: Service, url: str, mode: str) -> Any:
+    """What a request gets that is paused in its middle."""
+    before = service.core.tokens
+    task = asyncio.create_task(_generated(url, (PROMPT, LONG)))
+    while service.core.tokens < before + CHUNK:
+        await asyncio.sleep(0.005)
+    async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+        (await client.post("/pause", params={"mode": mode, "clear_cache": "false"})).raise_for_status()
+        await asyncio.sleep(0.5)
+        assert task.done() == (mode == "abort")
+        (await client.post("/resume")).raise_for_status()
+    return (await task)[0]
+
+
 async def test_grpo(vllm_fleet: LocalFleet, tmp_path: Path) -> None:
     """Two steps of examples/grpo.py: the engines sample from the very weights that the gradient step has made."""
     grpo = _example()
@@ -128,7 +195,7 @@ async def test_grpo(vllm_fleet: LocalFleet, tmp_path: Path) -> None:
                 said = [(await client.get(f"{each}/weight_info")).json() for each in vllm_fleet.urls]
             assert all("step-2" in str(each) for each in said), said
     finally:
-        await _put_back(vllm_fleet)
+        await put_back(vllm_fleet)
     assert [step.version for step in steps] == ["step-0", "step-1"]
     for step in steps:
         assert step.mismatch < 0.01 < step.moved, "engines sample from the weights of their version, which do change"
@@ -139,18 +206,6 @@ def _trained(grpo: ModuleType, url: str, folder: Path) -> list[Any]:
     with Client(url) as client:
         policy = grpo.Policy(ensure_default_model(), 1e-4)
         return list(grpo.train(client, policy, folder, steps=2, batch=2, n=4, max_tokens=16))
-
-
-async def _put_back(fleet: LocalFleet) -> None:
-    """The weights and their name that all other tests of the fleet sample from."""
-    update = {"update_info": {"path": str(ensure_default_model())}}
-    async with httpx.AsyncClient(timeout=120) as client:
-        for url in fleet.urls:
-            for path, body in [
-                ("/start_weight_update", {}), ("/update_weights", update),
-                ("/finish_weight_update", {"weight_version": "default"}),
-            ]:  # fmt: skip
-                (await client.post(url + path, json=body)).raise_for_status()
 
 
 def _example() -> ModuleType:

@@ -1,14 +1,16 @@
 """The mock engine's control routes beyond pausing: weight transfer, sleep, LoRA, resets, as vLLM answers them.
 
 Invariants: the steps of a weight update are refused out of order, as vLLM's workers refuse them; a sleeping engine is
-paused; every call is noted with its body and the time it took (`GET /mock/calls`), which is what tests look at. No
-tensor moves: new weights are a new version, and `"seconds"` in an update's info is how long the transfer takes.
+paused; every call is noted with its body and the time it took (`GET /mock/calls`), which is what tests look at, and
+`POST /mock/refuse` makes the next ones to a path fail. No tensor moves: new weights are a new version, and `"seconds"`
+in an update's info is how long the transfer takes.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -49,13 +51,18 @@ class _Lora(msgspec.Struct):
     load_inplace: bool = False
 
 
+class _Refuse(msgspec.Struct):
+    path: str
+    times: int = 1
+
+
 class MockControl:
     """The control state of one engine."""
 
     def __init__(self, engine: MockEngine) -> None:
         self._engine = engine
         self._calls: list[dict[str, Any]] = []
-        self._adapters: dict[str, str] = {}  # paths by name
+        self._refused = Counter[str]()  # calls to be refused, by path
         self._group: dict[str, Any] | None = None  # the init info of the transfer group
         self._updating = False
         self._asleep: set[str] = set()  # what is not in memory
@@ -81,6 +88,7 @@ class MockControl:
             web.get("/get_world_size", self._world_size),
             web.get("/is_sleeping", self._is_sleeping),
             web.get("/mock/calls", self._get_calls),
+            web.post("/mock/refuse", self._refuse),
         ]
 
     def cards(self) -> list[dict[str, Any]]:
@@ -88,17 +96,20 @@ class MockControl:
         base = self._engine.config.name
         return [
             {"id": name, "object": "model", "created": 0, "owned_by": "vllm", "root": path, "parent": base}
-            for name, path in self._adapters.items()
+            for name, path in self._engine.adapters.items()
         ]
 
     def noted(self, handler: Handler) -> Handler:
-        """The handler, with its calls kept for `GET /mock/calls`."""
+        """The handler, with its calls kept for `GET /mock/calls`, and refused where `POST /mock/refuse` wants that."""
 
         async def note(request: web.Request) -> web.StreamResponse:
             body = await request.read()
             call = {"path": request.path_qs, "body": body.decode(errors="replace"), "begun": time.time(), "ended": None}
             self._calls.append(call)
             try:
+                if self._refused[request.path] > 0:
+                    self._refused[request.path] -= 1
+                    raise _failure("It was asked to refuse this.")
                 return await handler(request)
             finally:
                 call["ended"] = time.time()
@@ -181,17 +192,22 @@ class MockControl:
         body = decode(await request.read(), _Lora)
         if not body.lora_name or not body.lora_path:
             raise bad_request("Both 'lora_name' and 'lora_path' must be provided.")
-        if body.lora_name in self._adapters and not body.load_inplace:
+        if body.lora_name in self._engine.adapters and not body.load_inplace:
             raise bad_request(f"The lora adapter '{body.lora_name}' has already been loaded.")
-        self._adapters[body.lora_name] = body.lora_path
+        self._engine.adapters[body.lora_name] = body.lora_path
         return web.Response(text=f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     async def _unload(self, request: web.Request) -> web.Response:
         body = decode(await request.read(), _Lora)
-        if body.lora_name not in self._adapters:
+        if body.lora_name not in self._engine.adapters:
             raise ApiError(404, "NotFoundError", f"The lora adapter '{body.lora_name}' cannot be found.")
-        del self._adapters[body.lora_name]
+        del self._engine.adapters[body.lora_name]
         return web.Response(text=f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+    async def _refuse(self, request: web.Request) -> web.Response:
+        body = decode(await request.read(), _Refuse)
+        self._refused[body.path] = body.times
+        return web.json_response({})
 
     async def _get_calls(self, _request: web.Request) -> web.Response:
         return web.json_response({"calls": self._calls, "group": self._group})

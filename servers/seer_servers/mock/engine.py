@@ -40,6 +40,7 @@ class MockEngine:
         self.started = time.time()
         self.model = config.model
         self.cache = PrefixCache(config.kv)
+        self.adapters: dict[str, str] = {}  # paths by name
         self.paused = False
         self._loop = asyncio.get_running_loop()
         self._simulation: Simulation[Flight] = Simulation(config.speed, config.kv, self._loop.time())
@@ -63,7 +64,8 @@ class MockEngine:
 
     def answer(self, call: Call, version: str) -> Outcome:
         """What another weight version would answer to a call, at once and without a trace in the figures."""
-        return Flight(call, msgspec.structs.replace(self.model, version=version)).whole()
+        model = msgspec.structs.replace(self.model, version=version)
+        return Flight(call, model, self.adapters.get(call.adapter, "")).whole()
 
     def fresh_seed(self) -> int:
         """A seed for a request that brings none."""
@@ -144,7 +146,7 @@ class MockEngine:
         return [flight for flights in self._flights.values() for flight in flights]
 
     def _start(self, call: Call) -> Flight:
-        flight = Flight(call, self.model)
+        flight = Flight(call, self.model, self.adapters.get(call.adapter, ""))
         self._flights.setdefault(call.id, {})[flight] = None
         flight.cached = self.cache.lookup(call.cache_salt, flight.response.before, flight.size)
         self.cache.store(call.cache_salt, flight.response.before, flight.size)

@@ -11,13 +11,17 @@ from seer_servers.mock.speed import Job
 
 
 class Call(msgspec.Struct, frozen=True, kw_only=True):
-    """One validated request. `id` is the engine's name for it; `prefix[:prompt_len]` is the original prompt."""
+    """One validated request. `id` is the engine's name for it; `prefix[:prompt_len]` is the original prompt.
+
+    `adapter` is the name of a LoRA adapter, empty for the model itself.
+    """
 
     id: str
     prefix: list[int]
     prompt_len: int
     sampling: Sampling
     cache_salt: str | None = None
+    adapter: str = ""
 
 
 class VersionSpan(msgspec.Struct, frozen=True):
@@ -45,12 +49,13 @@ class Flight(Job):
     are ever shown.
     """
 
-    __slots__ = ("call", "future", "logprobs", "model", "response", "token_ids", "versions")
+    __slots__ = ("adapter", "call", "future", "logprobs", "model", "response", "token_ids", "versions")
 
-    def __init__(self, call: Call, model: LanguageModel) -> None:
+    def __init__(self, call: Call, model: LanguageModel, adapter: str = "") -> None:
         self.call = call
         self.model = model
-        self.response = model.respond(call.prefix, call.prompt_len, call.sampling)
+        self.adapter = adapter  # where its weights are
+        self.response = model.adapted(adapter).respond(call.prefix, call.prompt_len, call.sampling)
         self.token_ids = self.response.token_ids
         self.logprobs = self.response.logprobs
         self.versions: list[VersionSpan] = []  # of versions before `model`'s
@@ -67,7 +72,8 @@ class Flight(Job):
         )
         self.versions = self._spans(kept)
         self.model = model
-        self.response = model.respond(self.call.prefix + self.token_ids[:kept], self.call.prompt_len, rest)
+        prefix = self.call.prefix + self.token_ids[:kept]
+        self.response = model.adapted(self.adapter).respond(prefix, self.call.prompt_len, rest)
         self.token_ids = self.token_ids[:kept] + self.response.token_ids
         self.logprobs = self.logprobs[:kept] + self.response.logprobs
 

@@ -76,6 +76,10 @@ class LanguageModel(msgspec.Struct, frozen=True, kw_only=True):
     vocab_size: int = 32_000
     version: str = "default"
 
+    def adapted(self, adapter: str) -> LanguageModel:
+        """The model with a LoRA adapter, which is known by its path; itself without one."""
+        return msgspec.structs.replace(self, version=f"{self.version}+{adapter}") if adapter else self
+
     def absorb(self, prefix: Sequence[int]) -> int:
         """Hash of a non-empty prefix."""
         tokens = np.array(prefix, np.uint64) + np.uint64(1)

@@ -108,7 +108,7 @@ def generate_reply(outcome: Outcome, call: Call, body: GenerateBody, config: Moc
     return msgspec.json.encode(
         _GenerateReply(
             request_id=call.id,
-            model=config.name,
+            model=call.adapter or config.name,
             created=int(time.time()),
             usage=_usage(outcome, call),
             prompt_token_ids=call.prefix if body.return_token_ids else None,
@@ -133,7 +133,7 @@ def completion_reply(outcome: Outcome, call: Call, body: CompletionBody, config:
         _CompletionReply(
             id=call.id.removesuffix("-0"),
             created=int(time.time()),
-            model=config.name,
+            model=call.adapter or config.name,
             choices=[choice],
             usage=_usage(outcome, call),
         )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
-import resource
 import signal
 from typing import TYPE_CHECKING
+
+from seer_servers.filelimit import raise_file_limit
 
 if TYPE_CHECKING:
     from seer_servers.mock.server import MockServer
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 async def serve(server: MockServer, host: str, port: int) -> None:
     """Serve until SIGINT or SIGTERM."""
-    _raise_file_limit()
+    raise_file_limit()
     _calm_collector()
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -24,13 +24,6 @@ async def serve(server: MockServer, host: str, port: int) -> None:
     print(f"mock engine ready at {url}", flush=True)  # noqa: T201 - the line that starters wait for
     await stop.wait()
     await runner.cleanup()
-
-
-def _raise_file_limit() -> None:
-    """Ten thousand calls in flight are ten thousand sockets, more than most shells allow by default."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _calm_collector() -> None:

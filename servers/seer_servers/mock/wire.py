@@ -17,6 +17,7 @@ from seer_servers.mock.tokenizer import byte_tokenizer
 if TYPE_CHECKING:
     from seer_servers.mock.engine import MockEngine
 
+_SALT_END, _SALT_FORBIDDEN = 128, frozenset("@/\\\0")  # as vLLM has it
 _MAX_LOGPROBS = 20  # vLLM's default limit
 _COMPLETION_TOKENS = 16  # what /v1/completions generates where max_tokens is not given
 
@@ -105,7 +106,7 @@ def decode(body: bytes, kind: type[_Body]) -> _Body:
 
 def check_model(name: str | None, engine: MockEngine) -> None:
     """Refuse a name that is not served."""
-    if name and name != engine.config.name:
+    if name and name != engine.config.name and name not in engine.adapters:
         raise ApiError(404, "NotFoundError", f"The model `{name}` does not exist.", "model")
 
 
@@ -138,6 +139,11 @@ def _call(
 ) -> Call:
     if body.stream:
         raise bad_request("The mock engine does not stream.", "stream")
+    if len(body.cache_salt or "") > _SALT_END or not _SALT_FORBIDDEN.isdisjoint(body.cache_salt or ""):
+        raise bad_request(
+            "Parameter 'cache_salt' must be at most 128 characters and must not contain '@', '/', '\\', or NUL.",
+            "cache_salt",
+        )
     if params.n != 1:
         raise bad_request("The mock engine takes one response per request: send n requests.", "n")
     room = engine.config.max_model_len - len(prefix)
@@ -158,6 +164,7 @@ def _call(
         prefix=prefix,
         prompt_len=prompt_len,
         cache_salt=body.cache_salt,
+        adapter=body.model if body.model in engine.adapters else "",
         sampling=Sampling(
             seed=_seed(params, engine),
             max_tokens=max_tokens,

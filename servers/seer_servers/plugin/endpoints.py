@@ -88,10 +88,12 @@ async def info(request: Request) -> dict[str, Any]:
     config = engine.client.vllm_config
     model, scheduler, cache = config.model_config, config.scheduler_config, config.cache_config
     names = model.served_model_name
+    name, *aliases = [names] if isinstance(names, str) else names
     return {
         "seer": version("seer-async"),
         "vllm": vllm.__version__,
-        "model": names if isinstance(names, str) else names[0],
+        "model": name,
+        "aliases": aliases,
         "root": model.model,
         "max_model_len": model.max_model_len,
         "max_num_seqs": scheduler.max_num_seqs,
@@ -102,6 +104,7 @@ async def info(request: Request) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "vocab_size": model.get_vocab_size(),
         "logprobs_mode": model.logprobs_mode,
+        "max_logprobs": model.get_vocab_size() if model.max_logprobs < 0 else model.max_logprobs,
         "weight_version": await engine.client.get_weight_version(),
         "kv_pool": request.app.state.seer_kv_pool_name,
         **engine.support,

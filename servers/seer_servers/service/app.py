@@ -1,13 +1,15 @@
 """The HTTP application: parts put together behind one address, and what protects them.
 
 Invariants: every error has vLLM's shape; a route that is not `open` runs only with a valid key; a handler whose client
-hangs up is cancelled; nothing is read beyond the limits of the config.
+hangs up, or does not take what is written, is cancelled; nothing is read beyond the limits of the config.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import socket
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
@@ -31,6 +33,8 @@ _BACKLOG = 4096
 _LINE, _HEADERS = 8190, 100  # bytes of a header line, and their number
 _REQUEST_ID = "X-Request-Id"
 _MIB = 1 << 20
+_STALL_S, _LEAST = 10.0, 64 << 10  # a body that is not there yet must bring so many bytes in so many seconds
+_LINGER_S = 2.0  # for a client that is still sending to read that its body is refused
 
 
 class App:
@@ -40,6 +44,7 @@ class App:
         self._config = config
         self._keys = keys
         self._parts = parts
+        self._most = int(config.max_body_mib * _MIB)
         own = Route(method="GET", path="/openapi.json", handler=self._openapi, summary="This document", open=True)
         self.routes = [*(route for part in parts for route in part.routes), own]
         self._open = {(route.method, route.path) for route in self.routes if route.open}
@@ -60,6 +65,7 @@ class App:
             access_log=None,
             keepalive_timeout=config.keep_alive_s,
             shutdown_timeout=config.shutdown_s,
+            lingering_time=_LINGER_S,
             max_line_size=_LINE,
             max_field_size=_LINE,
             max_headers=_HEADERS,
@@ -90,12 +96,16 @@ class App:
             return protocol
 
         try:
-            return await loop.create_server(connected, host, port, backlog=_BACKLOG)
+            server = await loop.create_server(connected, host, port, backlog=_BACKLOG)
         except OSError as error:
             await runner.cleanup()
             raise SeerError(
                 f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port"
             ) from error
+        for listener in server.sockets:  # the connections inherit it: who takes nothing for so long is gone
+            with socket.socket(fileno=os.dup(listener.fileno())) as same:  # uvloop's has no options
+                same.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * self._config.unread_s))
+        return server
 
     def _hang_up(self, protocol: web.RequestHandler) -> None:
         """Close a connection that has not sent a whole request head by now; aiohttp watches only later ones."""
@@ -107,7 +117,7 @@ class App:
     def _application(self) -> web.Application:
         app = web.Application(
             middlewares=[_explained, self._guarded, self._read],
-            client_max_size=int(self._config.max_body_mib * _MIB),
+            client_max_size=self._most,
         )
         for route in self.routes:
             app.router.add_route(route.method, route.path, route.handler)
@@ -131,12 +141,34 @@ class App:
     async def _read(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Read the body, which must not take forever; handlers find it read."""
         if request.can_read_body:
+            if (request.content_length or 0) > self._most:
+                raise ApiError(413, f"a body may have {self._config.max_body_mib:g} MiB (serve.max_body_mib)")
             try:
                 async with asyncio.timeout(self._config.body_timeout_s):
-                    await request.read()
+                    await _arrived(request)
             except TimeoutError:
-                raise ApiError(408, f"the body did not arrive within {self._config.body_timeout_s:g} s") from None
+                limit = f"{self._config.body_timeout_s:g} s, or was too slow"
+                raise ApiError(408, f"the body did not arrive within {limit}") from None
         return await handler(request)
+
+
+async def _arrived(request: web.Request) -> None:
+    """Read the body; raises TimeoutError if it only trickles in."""
+    if request.content.is_eof():
+        await request.read()
+        return
+    reading = asyncio.ensure_future(request.read())
+    try:
+        while True:
+            before = request.content.total_bytes
+            await asyncio.wait([reading], timeout=_STALL_S)
+            if reading.done():
+                reading.result()  # raises if it is too large
+                return
+            if request.content.total_bytes - before < _LEAST:
+                raise TimeoutError
+    finally:
+        reading.cancel()
 
 
 @web.middleware

@@ -15,6 +15,7 @@ from seer_servers.service.errors import bad_request
 if TYPE_CHECKING:
     from aiohttp import web
 
+_SALT = r"^[^@/\\\x00]*$"  # as vLLM wants it
 _Count = Annotated[int, msgspec.Meta(ge=0)]
 _Body = TypeVar("_Body")
 
@@ -79,7 +80,7 @@ class GenerateBody(msgspec.Struct, kw_only=True):
     sampling_params: dict[str, Any]
     model: str | None = None
     request_id: str | None = None
-    cache_salt: Annotated[str, msgspec.Meta(min_length=1, max_length=1024)] | None = None
+    cache_salt: Annotated[str, msgspec.Meta(min_length=1, max_length=128, pattern=_SALT)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None

@@ -11,13 +11,14 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from seer_servers.service.bodies import ChatBody, read, usage_wanted
 from seer_servers.service.chatmessage import Messages, MessageStream
-from seer_servers.service.intake import Rendered, request_id
+from seer_servers.service.intake import REQUEST_HEADERS, Rendered, adapter_named, request_id
 from seer_servers.service.params import refuse
-from seer_servers.service.part import Route
-from seer_servers.service.replies import ChatReply, json_reply, usage
+from seer_servers.service.part import EVENTS, Route
+from seer_servers.service.replies import ChatChunk, ChatReply, Usage, json_reply, usage
 from seer_servers.service.sse import stream
 from seer_servers.service.steps import steps
 
@@ -47,6 +48,8 @@ class Chat:
                 summary="Responses to a conversation, as OpenAI and vLLM define it",
                 body=ChatBody,
                 reply=ChatReply,
+                streams={EVENTS: (ChatChunk,)},
+                headers=REQUEST_HEADERS,
             )
         ]
 
@@ -59,10 +62,10 @@ class Chat:
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         body = await read(request, ChatBody)
         refuse(msgspec.structs.asdict(body))
-        self._intake.check_model(body.model)
+        adapter = adapter_named(body.model, self._intake.service)
         raw = await request.read()
         rendered = await self._intake.relay.fetch("/v1/chat/completions/render", raw, Rendered)
-        work = self._intake.work(rendered, request, stream=bool(body.stream))
+        work = self._intake.work(rendered, request, adapter=adapter, stream=bool(body.stream))
         answer = _Answer(self._intake, body, raw, work, f"chatcmpl-{request_id(request, body.request_id)}")
         return await stream(request, answer.events()) if body.stream else await answer.whole()
 
@@ -80,14 +83,14 @@ class _Answer:
 
     async def whole(self) -> web.Response:
         """All at once."""
-        (samples,) = await self._intake.samples([self._work])
+        (samples,) = await self._intake.samples([self._work], self._name)
         return json_reply(await self._messages.reply(samples))
 
-    async def events(self) -> AsyncIterator[dict[str, Any]]:
+    async def events(self) -> AsyncIterator[ChatChunk]:
         """Piece by piece: first a role for each response, then what they say."""
         responses = [MessageStream(self._messages, index) for index in range(self._work.n)]
         begun = False
-        with self._intake.submitted([self._work]) as tickets:
+        with self._intake.submitted([self._work], self._name) as tickets:
             async for batch in steps(tickets):
                 if not begun:
                     for event in self._roles():
@@ -98,25 +101,26 @@ class _Answer:
                         yield self._event(choice, responses[choice["index"]].count)
         if usage_wanted(self._body.stream_options):
             generated = sum(response.count for response in responses)
-            yield self._about([]) | {"usage": usage([self._work.prompt_token_ids], generated)}
+            yield self._about([], usage([self._work.prompt_token_ids], generated))
 
-    def _roles(self) -> Iterator[dict[str, Any]]:
-        prompt = {"prompt_token_ids": self._work.prompt_token_ids} if self._body.return_token_ids else {}
+    def _roles(self) -> Iterator[ChatChunk]:
+        prompt = self._work.prompt_token_ids if self._body.return_token_ids else UNSET
         delta = {"role": "assistant", "content": ""}
         for index in range(self._work.n):
-            yield self._event({"index": index, "delta": delta, "logprobs": None, "finish_reason": None}, 0) | prompt
+            yield self._event({"index": index, "delta": delta, "logprobs": None, "finish_reason": None}, 0, prompt)
 
-    def _event(self, choice: dict[str, Any], count: int) -> dict[str, Any]:
-        event = self._about([choice])
-        if usage_wanted(self._body.stream_options, always=True):
-            event["usage"] = usage([self._work.prompt_token_ids], count)
-        return event
+    def _event(self, choice: dict[str, Any], count: int, prompt: list[int] | UnsetType = UNSET) -> ChatChunk:
+        wanted = usage_wanted(self._body.stream_options, always=True)
+        return self._about([choice], usage([self._work.prompt_token_ids], count) if wanted else UNSET, prompt)
 
-    def _about(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "id": self._name,
-            "object": "chat.completion.chunk",
-            "created": self._created,
-            "model": self._intake.service.info.model,
-            "choices": choices,
-        }
+    def _about(
+        self, choices: list[dict[str, Any]], used: Usage | UnsetType, prompt: list[int] | UnsetType = UNSET
+    ) -> ChatChunk:
+        return ChatChunk(
+            id=self._name,
+            created=self._created,
+            model=self._intake.model_of(self._work),
+            choices=choices,
+            usage=used,
+            prompt_token_ids=prompt,
+        )

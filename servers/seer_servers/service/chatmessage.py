@@ -57,6 +57,7 @@ class Messages:
         reply["choices"] = [
             self._finished(made.get(index) or _empty(index, sample), sample) for index, sample in enumerate(samples)
         ]
+        reply["model"] = self._intake.model_of(self.work)
         if self.body.return_token_ids:
             reply["prompt_token_ids"] = prompt
         return reply

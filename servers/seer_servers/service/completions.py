@@ -8,16 +8,26 @@ from __future__ import annotations
 import asyncio
 import time
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from seer_servers.service.bodies import CompletionBody, read, usage_wanted
-from seer_servers.service.intake import Rendered, request_id
+from seer_servers.service.intake import REQUEST_HEADERS, Rendered, adapter_named, request_id
 from seer_servers.service.logprobs import CompletionLogprobs, Tokens, by_id, by_text, tokens_of
 from seer_servers.service.params import refuse
-from seer_servers.service.part import Route
-from seer_servers.service.replies import CompletionChoice, CompletionReply, json_reply, stop_reason, usage
+from seer_servers.service.part import EVENTS, Route
+from seer_servers.service.replies import (
+    CompletionChoice,
+    CompletionChunk,
+    CompletionPiece,
+    CompletionReply,
+    Usage,
+    json_reply,
+    stop_reason,
+    usage,
+)
 from seer_servers.service.sse import stream
 from seer_servers.service.steps import Step, Telling, steps
 from seer_servers.service.words import Words
@@ -49,6 +59,8 @@ class Completions:
                 summary="Responses to prompts, as OpenAI and vLLM define it",
                 body=CompletionBody,
                 reply=CompletionReply,
+                streams={EVENTS: (CompletionChunk,)},
+                headers=REQUEST_HEADERS,
             )
         ]
 
@@ -61,9 +73,9 @@ class Completions:
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         body = await read(request, CompletionBody)
         refuse(msgspec.structs.asdict(body))
-        self._intake.check_model(body.model)
+        adapter = adapter_named(body.model, self._intake.service)
         rendered = await self._intake.relay.fetch("/v1/completions/render", await request.read(), list[Rendered])
-        works = [self._intake.work(each, request, stream=bool(body.stream)) for each in rendered]
+        works = [self._intake.work(each, request, adapter=adapter, stream=bool(body.stream)) for each in rendered]
         answer = _Answer(self._intake, body, works, f"cmpl-{request_id(request, body.request_id)}")
         return await stream(request, answer.events()) if body.stream else await answer.whole()
 
@@ -76,13 +88,13 @@ class _Answer:
         self._body = body
         self._works = works
         self._name = name
-        self._model = intake.service.info.model
+        self._model = intake.model_of(works[0])
         self._created = int(time.time())
         self._words = Words(intake.relay)
 
     async def whole(self) -> web.Response:
         """All at once."""
-        samples = [sample for group in await self._intake.samples(self._works) for sample in group]
+        samples = [sample for group in await self._intake.samples(self._works, self._name) for sample in group]
         found = zip(samples, await self._logprobs(samples), strict=True)
         reply = CompletionReply(
             id=self._name,
@@ -113,33 +125,27 @@ class _Answer:
             return [await _by_id(each) for each in tokens]
         return [by_text(each, *said) for each, said in zip(tokens, await self._words.of(tokens), strict=True)]
 
-    async def events(self) -> AsyncIterator[dict[str, Any]]:
+    async def events(self) -> AsyncIterator[CompletionChunk]:
         """Piece by piece."""
         firsts = [0, *accumulate(work.n for work in self._works)]
         told = [
             [_Told(self._intake, self._body, self._words, work, first + index) for index in range(work.n)]
             for work, first in zip(self._works, firsts, strict=False)
         ]
-        with self._intake.submitted(self._works) as tickets:
+        with self._intake.submitted(self._works, self._name) as tickets:
             async for batch in steps(tickets):
                 for step in batch:
                     response = told[step.prompt][step.index]
-                    event = self._event([await response.choice(step)])
-                    if usage_wanted(self._body.stream_options, always=True):
-                        event["usage"] = usage([self._works[step.prompt].prompt_token_ids], response.count)
-                    yield event
+                    choice = await response.choice(step)
+                    wanted = usage_wanted(self._body.stream_options, always=True)
+                    prompt = self._works[step.prompt].prompt_token_ids
+                    yield self._event([choice], usage([prompt], response.count) if wanted else UNSET)
         if usage_wanted(self._body.stream_options):
             generated = sum(response.count for group in told for response in group)
-            yield self._event([]) | {"usage": usage((work.prompt_token_ids for work in self._works), generated)}
+            yield self._event([], usage((work.prompt_token_ids for work in self._works), generated))
 
-    def _event(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "id": self._name,
-            "object": "text_completion",
-            "created": self._created,
-            "model": self._model,
-            "choices": choices,
-        }
+    def _event(self, choices: list[CompletionPiece], used: Usage | UnsetType) -> CompletionChunk:
+        return CompletionChunk(id=self._name, created=self._created, model=self._model, choices=choices, usage=used)
 
 
 async def _by_id(tokens: Tokens) -> CompletionLogprobs:
@@ -161,18 +167,19 @@ class _Told:
         self._state: msgspec.Raw | None = None
         self.count = 0
 
-    async def choice(self, step: Step) -> dict[str, Any]:
+    async def choice(self, step: Step) -> CompletionPiece:
         """What is new."""
         sample = step.sample
-        said: dict[str, Any] = {
-            "index": self._index,
-            "text": self._telling.end(sample) if sample else self._telling.push(step.ids),
-            "logprobs": await self._logprobs(step.tokens),
-            "finish_reason": sample.finish_reason if sample else None,
-            "stop_reason": stop_reason(sample, self._work.options.sampling.stop) if sample else None,
-            "prompt_token_ids": self._work.prompt_token_ids if self._body.return_token_ids and not self.count else None,
-            "token_ids": step.ids if self._body.return_token_ids else None,
-        }
+        ids = self._body.return_token_ids
+        said = CompletionPiece(
+            index=self._index,
+            text=self._telling.end(sample) if sample else self._telling.push(step.ids),
+            logprobs=await self._logprobs(step.tokens),
+            finish_reason=sample.finish_reason if sample else None,
+            stop_reason=stop_reason(sample, self._work.options.sampling.stop) if sample else None,
+            prompt_token_ids=self._work.prompt_token_ids if ids and not self.count else None,
+            token_ids=step.ids if ids else None,
+        )
         self.count += len(step.ids)
         return said
 

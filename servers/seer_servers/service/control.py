@@ -40,12 +40,13 @@ class Control:
         fanout = Fanout(service)
         self._service = service
         self._watch = Watch(service, fanout)
-        self._adapters = Adapters(service, fanout)
-        self._holders = Holders(service)
         pausing = Pausing(service, fanout, self._watch, abort=abort or service.abort)
+        self._adapters = Adapters(service, fanout, pausing)
+        self._holders = Holders(service)
         facts = Facts(service, fanout)
         weights = Weights(service, fanout, facts, pausing, self._holders)
         pausing.updating = lambda: weights.updating
+        pausing.lost = self._adapters.forget
         workers = Workers(service, fanout, self._watch, updating=pausing.updating)
         nouns = (pausing, facts, weights, self._adapters, Caches(fanout), workers)
         self._routes = [self._to_the_end(route) for noun in nouns for route in noun.routes]

@@ -31,7 +31,7 @@ class Engines:
     def routes(self) -> Sequence[Route]:
         """Relayed ones, and one that clients of session-aware servers call."""
         asked = [
-            ("GET", "/v1/models", "The served model"),
+            ("GET", "/v1/models", "The served model and its LoRA adapters"),
             ("GET", "/version", "The engines' vLLM version"),
             ("POST", "/tokenize", "Token ids of a prompt or of messages"),
             ("POST", "/detokenize", "Text of token ids"),

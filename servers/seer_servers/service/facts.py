@@ -85,6 +85,8 @@ class Facts:
     async def _weight_info(self, _request: web.Request) -> web.Response:
         """What is sampled from is always one version; engines that have another one are named beside it."""
         outcome = await self._fanout.get("/weight_info", await self._fanout.live())
+        if not self._service.has_weights:
+            raise ApiError(409, "no engine has weights since the fleet slept at level 2: update them first")
         has = {name: said.weight_version for name, said in outcome.decoded(WeightInfo).items()}
         if not has:
             self._fanout.check(outcome, "")

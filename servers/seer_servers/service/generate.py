@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
+from msgspec import UNSET
 
 from seer_servers.service.bodies import GenerateBody, read, usage_wanted
 from seer_servers.service.errors import bad_request
-from seer_servers.service.intake import Rendered, request_id
+from seer_servers.service.intake import REQUEST_HEADERS, Rendered, adapter_named, request_id
 from seer_servers.service.logprobs import Positions, Tokens, positions, tokens_of
 from seer_servers.service.params import refuse
-from seer_servers.service.part import Route
-from seer_servers.service.replies import GenerateChoice, GenerateReply, json_reply, stop_reason, usage, version_spans
+from seer_servers.service.part import EVENTS, Route
+from seer_servers.service.replies import (
+    GenerateChoice,
+    GenerateChunk,
+    GenerateReply,
+    json_reply,
+    stop_reason,
+    usage,
+    version_spans,
+)
 from seer_servers.service.sse import stream
-from seer_servers.service.steps import Step, steps
+from seer_servers.service.steps import steps
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -44,6 +53,8 @@ class Generate:
                 summary="Responses to a tokenised prompt, as token ids, with the weights that sampled them",
                 body=GenerateBody,
                 reply=GenerateReply,
+                streams={EVENTS: (GenerateChunk,)},
+                headers=REQUEST_HEADERS,
             )
         ]
 
@@ -58,9 +69,9 @@ class Generate:
         refuse(msgspec.structs.asdict(body))
         if body.output_mode != "tokens":
             raise bad_request("output_mode must be 'tokens' here; ask /v1/completions for text.", "output_mode")
-        self._intake.check_model(body.model)
+        adapter = adapter_named(body.model, self._intake.service)
         prompt = Rendered(body.token_ids, body.sampling_params, body.cache_salt)
-        work = self._intake.work(prompt, request, stream=bool(body.stream))
+        work = self._intake.work(prompt, request, adapter=adapter, stream=bool(body.stream))
         answer = _Answer(self._intake, body, work, f"generate-tokens-{request_id(request, body.request_id)}")
         return await stream(request, answer.events()) if body.stream else await answer.whole()
 
@@ -77,10 +88,10 @@ class _Answer:
 
     async def whole(self) -> web.Response:
         """All at once."""
-        (samples,) = await self._intake.samples([self._work])
+        (samples,) = await self._intake.samples([self._work], self._name)
         reply = GenerateReply(
             request_id=self._name,
-            model=self._intake.service.info.model,
+            model=self._intake.model_of(self._work),
             created=int(time.time()),
             usage=usage([self._body.token_ids], sum(len(sample.token_ids) for sample in samples)),
             prompt_token_ids=self._body.token_ids if self._body.return_token_ids else None,
@@ -99,28 +110,24 @@ class _Answer:
         )
 
     def _logprobs(self, tokens: Tokens) -> Positions | None:
-        return None if self._alternatives is None else positions(tokens, max(self._alternatives, 1))
+        return None if self._alternatives is None else positions(tokens, max(self._alternatives, 1), named=True)
 
-    async def events(self) -> AsyncIterator[dict[str, Any]]:
+    async def events(self) -> AsyncIterator[GenerateChunk]:
         """Piece by piece."""
         counts = [0] * self._work.n
+        always = usage_wanted(self._body.stream_options, always=True)
         prompt = self._body.token_ids
-        said_prompt = not self._body.return_token_ids
-        with self._intake.submitted([self._work]) as tickets:
+        told = prompt if self._body.return_token_ids else UNSET  # with the first event
+        with self._intake.submitted([self._work], self._name) as tickets:
             async for batch in steps(tickets):
                 for step in batch:
                     counts[step.index] += len(step.ids)
-                    event = self._event(step)
-                    if not said_prompt:
-                        event["prompt_token_ids"], said_prompt = prompt, True
-                    if usage_wanted(self._body.stream_options, always=True):
-                        event["usage"] = usage([prompt], counts[step.index])
-                    yield event
+                    yield GenerateChunk(
+                        request_id=self._name,
+                        choices=[self._choice(step.index, step.tokens, step.sample)],
+                        usage=usage([prompt], counts[step.index]) if always else None,
+                        prompt_token_ids=told,
+                    )
+                    told = UNSET
         if usage_wanted(self._body.stream_options):
-            yield self._about([]) | {"usage": usage([prompt], sum(counts))}
-
-    def _event(self, step: Step) -> dict[str, Any]:
-        return self._about([self._choice(step.index, step.tokens, step.sample)]) | {"usage": None}
-
-    def _about(self, choices: list[GenerateChoice]) -> dict[str, Any]:
-        return {"request_id": self._name, "output_mode": "tokens", "choices": choices}
+            yield GenerateChunk(request_id=self._name, choices=[], usage=usage([prompt], sum(counts)))

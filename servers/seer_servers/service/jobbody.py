@@ -14,7 +14,8 @@ from seer_async.options import GroupOptions
 from seer_async.sampling import REFUSED, Sampling
 from seer_async.types import Prompt
 from seer_servers.service.errors import bad_request
-from seer_servers.service.jobstream import NDJSON
+from seer_servers.service.intake import adapter_named
+from seer_servers.service.part import NDJSON
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -67,6 +68,7 @@ def asked(request: web.Request, body: bytes, service: Service) -> Asked:
             sampling=msgspec.structs.replace(sampling, seed=None),
             chunk_size=chunk_size,
             mixed_versions=rollout.mixed_versions,
+            model=adapter_named(options.model, service),
         ),
         seed=secrets.randbits(_SEED_BITS) if sampling.seed is None else sampling.seed,
         stream=options.stream,

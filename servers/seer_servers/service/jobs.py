@@ -7,22 +7,23 @@ import hashlib
 import secrets
 import time
 from http import HTTPStatus
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 from weakref import WeakValueDictionary
 
 import msgspec
 from aiohttp import web
 
-from seer_async.api import LOST, RolloutList, RolloutRequest, RolloutStatus
+from seer_async.api import LOST, GroupSamples, RolloutList, RolloutRequest, RolloutStatus
 from seer_async.errors import DatasetError
+from seer_async.types import Sample
 from seer_servers.service.errors import ApiError, bad_request
 from seer_servers.service.jobbody import asked
 from seer_servers.service.jobfeed import Feed
 from seer_servers.service.jobspool import JobInfo
 from seer_servers.service.jobstatus import status_of
 from seer_servers.service.jobstore import Store
-from seer_servers.service.jobstream import Wanted, stream, wanted
-from seer_servers.service.part import Route
+from seer_servers.service.jobstream import By, End, Wanted, stream, wanted
+from seer_servers.service.part import EVENTS, NDJSON, Route
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from seer_servers.service.jobbody import Asked
     from seer_servers.service.jobspool import Spool
 
+_Count = Annotated[int, msgspec.Meta(ge=0)]
 _KEY = "Idempotency-Key"
 _LONGEST_KEY = 256
 _FULL_RETRY_S = 5.0
@@ -63,7 +65,11 @@ class Jobs:
                 "begins nothing and gets the same answer",
                 body=RolloutRequest,
                 reply=RolloutStatus,
-                query={"n": int, "sampling": str, "chunk_size": int, "stream": bool},
+                status=HTTPStatus.ACCEPTED,
+                streams={NDJSON: (Sample,)},
+                lines={NDJSON: dict[str, Any]},
+                query={"n": int, "sampling": str, "model": str, "chunk_size": int, "stream": bool},
+                headers={_KEY: Annotated[str, msgspec.Meta(max_length=_LONGEST_KEY)]},
             ),
             Route(
                 method="GET",
@@ -86,7 +92,9 @@ class Jobs:
                 handler=self._samples,
                 summary="Samples, or whole groups, after the first `after`, as they finish: one JSON value a line, or "
                 "server-sent events for a client that accepts text/event-stream. Blank lines keep the connection alive",
-                query={"after": int, "by": str},
+                streams={NDJSON: (Sample, GroupSamples), EVENTS: (Sample, GroupSamples, End)},
+                query={"after": _Count, "by": By},
+                headers={"Last-Event-ID": _Count},
             ),
         ]
 

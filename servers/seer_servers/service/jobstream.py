@@ -14,22 +14,33 @@ import msgspec
 from aiohttp import web
 
 from seer_servers.service.errors import bad_request
+from seer_servers.service.part import EVENTS, NDJSON
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from seer_servers.service.jobspool import Reader, Spool
 
-NDJSON, EVENTS = "application/x-ndjson", "text/event-stream"
 _QUIET_S = 10.0
 _LONGEST_NUMBER = 18  # digits
+
+
+By = Literal["sample", "group"]
+"""What one item is."""
+
+
+class End(msgspec.Struct, frozen=True, kw_only=True):
+    """The data of the last event, `end`: how the rollout ended."""
+
+    status: str
+    error: str
 
 
 class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     """What to stream: items after the first `after`, as samples or groups."""
 
     after: int = 0
-    by: Literal["sample", "group"] = "sample"
+    by: By = "sample"
     events: bool = False
 
 
@@ -65,7 +76,7 @@ async def stream(request: web.Request, spool: Spool, what: Wanted) -> web.Stream
                 number += 1
             await response.write(_framed(item, number, events=what.events))
     if what.events:
-        end = {"status": spool.info.status, "error": spool.info.error}
+        end = End(status=spool.info.status, error=spool.info.error)
         await response.write(b"event: end\ndata: %b\n\n" % msgspec.json.encode(end))
     await response.write_eof()
     return response

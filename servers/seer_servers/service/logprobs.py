@@ -29,13 +29,17 @@ class Scored(msgspec.Struct, frozen=True):
     rank: int | None = None
 
 
-class Position(msgspec.Struct, frozen=True):
-    """The sampled token at one position, and the candidates."""
+class Position(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The sampled token at one position, and the candidates.
+
+    `token` names it "token_id:N", as vLLM did on this route before it said `token_id`; clients of both times are about.
+    """
 
     token_id: int
     logprob: float
     rank: int | None
     top_logprobs: list[Scored]
+    token: str = ""
 
 
 class Positions(msgspec.Struct, frozen=True):
@@ -77,14 +81,15 @@ def tokens_of(sample: Sample) -> Tokens:
     return Tokens(sample.token_ids, sample.logprobs, sample.top_logprobs)
 
 
-def positions(tokens: Tokens, count: int) -> Positions:
-    """By token id, at most `count` candidates at each position."""
+def positions(tokens: Tokens, count: int, *, named: bool = False) -> Positions:
+    """By token id, at most `count` candidates at each position; `named`: the sampled one also as `token`."""
     tops: Iterable[list[TopLogprob]] = tokens.tops or ([] for _ in tokens.ids)
     content = []
     for candidates, top in zip(tokens.candidates(), tops, strict=True):
         ranks = {other.token_id: rank for rank, other in enumerate(top, 1)}
         first, *_ = scored = [Scored(c.token_id, c.logprob, ranks.get(c.token_id)) for c in candidates]
-        content.append(Position(first.token_id, first.logprob, first.rank, scored[:count]))
+        name = _name(first.token_id) if named else ""
+        content.append(Position(first.token_id, first.logprob, first.rank, scored[:count], name))
     return Positions(content)
 
 

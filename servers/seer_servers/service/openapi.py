@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from seer_async import __version__
+from seer_servers.service.part import EVENTS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterator, Sequence
 
     from seer_servers.service.part import Route
 
 _REF = "#/components/schemas/{name}"
+_JSON = "application/json"
+_LINE, _EVENT = "One of these on each line", "One of these as the data of each event"
 _PARAMETER = re.compile(r"\{(\w+)(?::[^{}]*)?\}")
 
 
@@ -36,14 +39,10 @@ class ErrorBody(msgspec.Struct):
 
 def document(routes: Sequence[Route]) -> dict[str, Any]:
     """The document for these routes."""
-    types = [kind for route in routes for kind in (route.body, route.reply) if kind is not None]
-    schemas, components = msgspec.json.schema_components([*types, ErrorBody], ref_template=_REF)
-    found = iter(schemas)
+    schemas = _Schemas([ErrorBody, *(kind for route in routes for kind in _types(route))])
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
-        body = next(found) if route.body is not None else None
-        reply = next(found) if route.reply is not None else {}
-        paths.setdefault(plain_path(route.path), {})[route.method.lower()] = _operation(route, body, reply)
+        paths.setdefault(plain_path(route.path), {})[route.method.lower()] = _operation(route, schemas)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -54,7 +53,7 @@ def document(routes: Sequence[Route]) -> dict[str, Any]:
         },
         "paths": paths,
         "components": {
-            "schemas": components,
+            "schemas": schemas.components,
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }
@@ -65,37 +64,69 @@ def plain_path(path: str) -> str:
     return _PARAMETER.sub(r"{\1}", path)
 
 
-def _operation(route: Route, body: dict[str, Any] | None, reply: dict[str, Any]) -> dict[str, Any]:
+class _Schemas:
+    """The schemas of types; those of structs are components, which others refer to."""
+
+    def __init__(self, types: Sequence[Any]) -> None:
+        found, self.components = msgspec.json.schema_components(types, ref_template=_REF)
+        self._of = list(zip(types, found, strict=True))
+
+    def of(self, kind: Any) -> dict[str, Any]:
+        return next(schema for known, schema in self._of if known is kind)
+
+    def piece(self, kinds: Sequence[Any], what: str) -> dict[str, Any]:
+        """The schema of one piece of a stream."""
+        return {"description": what, "anyOf": [self.of(kind) for kind in kinds]}
+
+
+def _types(route: Route) -> Iterator[Any]:
+    yield from (kind for kind in (route.body, route.reply) if kind is not None)
+    yield from (kind for kinds in route.streams.values() for kind in kinds)
+    yield from route.lines.values()
+
+
+def _operation(route: Route, schemas: _Schemas) -> dict[str, Any]:
     operation: dict[str, Any] = {
         "summary": route.summary,
         "operationId": re.sub(r"\W+", "_", f"{route.method.lower()}{plain_path(route.path)}").strip("_"),
-        "parameters": [*_path_parameters(route.path), *_query_parameters(route.query)],
-        "responses": _responses(reply, asks=body is not None),
+        "parameters": [*_path_parameters(route.path), *_given("query", route.query), *_given("header", route.headers)],
+        "responses": _responses(route, schemas),
         "security": [] if route.open else [{"key": []}],
     }
-    if body is not None:
-        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": body}}}
+    if route.body is not None:
+        content = {_JSON: {"schema": schemas.of(route.body)}}
+        content |= {media: {"schema": schemas.piece((kind,), _LINE)} for media, kind in route.lines.items()}
+        operation["requestBody"] = {"required": True, "content": content}
     return operation
 
 
-def _path_parameters(path: str) -> Iterable[dict[str, Any]]:
+def _path_parameters(path: str) -> Iterator[dict[str, Any]]:
     for name in _PARAMETER.findall(path):
         yield {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
 
 
-def _query_parameters(query: dict[str, Any]) -> Iterable[dict[str, Any]]:
-    for name, kind in query.items():
-        yield {"name": name, "in": "query", "required": False, "schema": msgspec.json.schema(kind)}
+def _given(place: str, names: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for name, kind in names.items():
+        yield {"name": name, "in": place, "required": False, "schema": msgspec.json.schema(kind)}
 
 
-def _responses(reply: dict[str, Any], *, asks: bool) -> dict[str, Any]:
-    error = {"application/json": {"schema": {"$ref": _REF.format(name="ErrorBody")}}}
-    fine: dict[str, Any] = {"description": HTTPStatus.OK.phrase}
-    if reply:
-        fine["content"] = {"application/json": {"schema": reply}}
-        fine["content"] |= {"text/event-stream": {"schema": {"type": "string"}}} if asks else {}
-    return {
-        "200": fine,
+def _responses(route: Route, schemas: _Schemas) -> dict[str, Any]:
+    error = {_JSON: {"schema": schemas.of(ErrorBody)}}
+    answers: dict[str, Any] = {}
+    if route.reply is not None or not route.streams:
+        answers[str(route.status)] = _answer(route.status, {} if route.reply is None else {_JSON: route.reply}, schemas)
+    for media, kinds in route.streams.items():
+        answer = answers.setdefault("200", {"description": HTTPStatus.OK.phrase, "content": {}})
+        what = _EVENT if media == EVENTS else _LINE
+        answer["content"][media] = {"schema": schemas.piece(kinds, what)}
+    return answers | {
         "4XX": {"description": "The request is wrong, or comes too early: Retry-After says when", "content": error},
         "5XX": {"description": "No engine could do it", "content": error},
     }
+
+
+def _answer(status: int, kinds: dict[str, Any], schemas: _Schemas) -> dict[str, Any]:
+    answer: dict[str, Any] = {"description": HTTPStatus(status).phrase}
+    if kinds:
+        answer["content"] = {media: {"schema": schemas.of(kind)} for media, kind in kinds.items()}
+    return answer

@@ -77,9 +77,16 @@ def refuse(fields: Mapping[str, Any]) -> None:
 
 
 def asked(
-    params: Mapping[str, Any], config: Config, *, room: int, salt: str, stream: bool, capabilities: frozenset[str]
+    params: Mapping[str, Any],
+    config: Config,
+    *,
+    room: int,
+    model: str,
+    salt: str,
+    stream: bool,
+    capabilities: frozenset[str],
 ) -> Asked:
-    """What `params` ask for, with `room` tokens left in the context on engines that all have these `capabilities`.
+    """What `params` ask of a `model`, with `room` tokens left in the context on engines with these `capabilities`.
 
     Raises:
         ApiError: 400, as vLLM says it.
@@ -104,6 +111,7 @@ def asked(
         mixed_versions="mark" if stream else config.rollout.mixed_versions,  # what was sent cannot be taken back
         passed=passed,
         salt=salt,
+        model=model,
         indivisible=any(name in passed for name in _INDIVISIBLE) or not sampling.required_capabilities <= capabilities,
     )
     return Asked(options, shared.n, _seeds(shared))

@@ -8,13 +8,18 @@ from typing import Any, Protocol
 import msgspec
 from aiohttp import web
 
+NDJSON, EVENTS = "application/x-ndjson", "text/event-stream"
+"""Media types of answers that come in pieces."""
+
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Route(msgspec.Struct, frozen=True, kw_only=True):
     """One route. `body` and `reply` are the msgspec types of its JSON, None where there is none.
 
-    `query` names its query parameters with their types. An `open` route needs no key.
+    `status` is that of `reply`. An answer may also be a stream: `streams` has the types that one piece of it may have
+    (a line of NDJSON, an event's data) by media type; `lines` likewise the type of a line of a body that is not JSON.
+    `query` and `headers` name the request's parameters with their types. An `open` route needs no key.
     """
 
     method: str
@@ -23,7 +28,11 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     summary: str
     body: Any = None
     reply: Any = None
+    status: int = 200
+    streams: dict[str, tuple[Any, ...]] = {}
+    lines: dict[str, Any] = {}
     query: dict[str, Any] = {}
+    headers: dict[str, Any] = {}
     open: bool = False
 
 

@@ -2,12 +2,14 @@
 
 Invariants: when a pause is answered, nothing is sent to any engine until the fleet is resumed; a mode of "keep" keeps
 requests with us, not inside the engines: those hand back what they have sampled, and any engine can go on with it.
-A weight update that finds the fleet running holds it for as long as it is open, and then lets it go.
+A weight update that finds the fleet running holds it for as long as it is open, and then lets it go. After a sleep that
+discards weights nothing is sampled before there are new ones, awake or not.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING
 from urllib.parse import urlencode
 
@@ -20,7 +22,7 @@ from seer_servers.service.part import Route
 from seer_servers.service.watch import Paused
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
 
     from seer_async.service import Service
     from seer_servers.service.fanout import Fanout, Outcome
@@ -30,9 +32,12 @@ PAUSE_S = 60.0
 WAIT_S = 1800.0
 """For what is open to end by itself, in a pause that waits for it."""
 SLEEP_S = 300.0
+HAND_BACK_S = 2.0
+"""For paused engines to hand back what they have sampled; what comes later is lost."""
 
 _MODES = ("abort", "wait", "keep")
 _LEVELS = ("0", "1", "2")
+_DISCARDING = "2"  # the level at which engines do not keep their weights
 
 
 class AbortBody(msgspec.Struct):
@@ -55,7 +60,7 @@ class Pausing:
     """Whether the fleet runs.
 
     `abort` ends requests by the ids that clients know, and returns how many. `updating` says whether a weight update
-    is open.
+    is open; `lost` is told that engines have lost all that was loaded into them.
     """
 
     def __init__(
@@ -66,8 +71,9 @@ class Pausing:
         self._watch = watch
         self._abort = abort
         self._engines = asyncio.Lock()  # one order to the engines at a time
-        self._held = False  # paused by `hold`, not by a trainer
+        self._held = False  # paused by `_hold`, not by a trainer
         self.updating: Callable[[], bool] = lambda: False
+        self.lost: Callable[[], None] = lambda: None
 
     @property
     def routes(self) -> list[Route]:
@@ -104,10 +110,20 @@ class Pausing:
             Route(method="GET", path="/is_sleeping", handler=self._is_sleeping, summary="Is it asleep?"),
         ]
 
-    # For weight updates
+    # For weight updates and adapters
 
-    async def hold(self) -> None:
-        """Let nothing be sampled until `release`, unless the fleet is paused already.
+    @contextlib.asynccontextmanager
+    async def held(self) -> AsyncIterator[None]:
+        """Nothing is sampled inside, nor after it while an update is open."""
+        try:
+            await self._hold()
+            yield
+        finally:
+            if not self.updating():
+                await self._release()
+
+    async def _hold(self) -> None:
+        """Let nothing be sampled until `_release`, unless the fleet is paused already.
 
         An engine that does not obey samples from the weights it has, and says so with every token.
         """
@@ -115,8 +131,8 @@ class Pausing:
             self._held = True
             await self._stop("keep", _pause_path("keep", clear_cache=False), PAUSE_S)
 
-    async def release(self) -> None:
-        """End a `hold`."""
+    async def _release(self) -> None:
+        """End a `_hold`."""
         if self._held:
             self._held = False
             await self._go_on("/resume", PAUSE_S)
@@ -162,6 +178,9 @@ class Pausing:
             raise bad_request(f"level must be 0, 1 or 2, not {level!r}", "level")
         query = urlencode({"level": level, "mode": "abort" if mode == "keep" else mode})
         outcome = await self._stopped_by_trainer(mode, f"/sleep?{query}", SLEEP_S)
+        if level == _DISCARDING and outcome.ok:
+            self._service.lose_weights()
+            self.lost()
         self._fanout.check(outcome, "the other engines sleep, and nothing is sent to any before /wake_up")
         return web.json_response({"status": "sleeping", "level": int(level)})
 
@@ -198,7 +217,11 @@ class Pausing:
         async with self._engines:
             if self._service.paused != mode:
                 raise ApiError(409, f"another call has changed the pause; the fleet is now {self._now()}")
-            return await self._fanout.post(path, await self._fanout.live(), timeout_s=timeout_s)
+            try:
+                return await self._fanout.post(path, await self._fanout.live(), timeout_s=timeout_s)
+            finally:
+                if mode == "abort":
+                    await self._service.end(HAND_BACK_S)
 
     async def _go_on(self, path: str, timeout_s: float) -> Outcome:
         async with self._engines:

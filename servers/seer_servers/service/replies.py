@@ -56,6 +56,29 @@ class CompletionReply(msgspec.Struct, frozen=True, kw_only=True):
     metrics: None = None
 
 
+class CompletionPiece(msgspec.Struct, frozen=True, kw_only=True):
+    """What is new of one response."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: str | None
+    stop_reason: int | str | None
+    prompt_token_ids: list[int] | None
+    token_ids: list[int] | None
+
+
+class CompletionChunk(msgspec.Struct, frozen=True, kw_only=True):
+    """An event of a stream of /v1/completions."""
+
+    id: str
+    object: str = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionPiece]
+    usage: Usage | msgspec.UnsetType = msgspec.UNSET
+
+
 class GenerateChoice(msgspec.Struct, frozen=True, kw_only=True):
     """One response, or the next tokens of one."""
 
@@ -85,6 +108,28 @@ class GenerateReply(msgspec.Struct, frozen=True, kw_only=True):
     ec_transfer_params: None = None
     output_mode: str = "tokens"
     choices: list[GenerateChoice]
+
+
+class GenerateChunk(msgspec.Struct, frozen=True, kw_only=True):
+    """An event of a stream of /inference/v1/generate."""
+
+    request_id: str
+    output_mode: str = "tokens"
+    choices: list[GenerateChoice]
+    usage: Usage | None = None
+    prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+
+
+class ChatChunk(msgspec.Struct, frozen=True, kw_only=True):
+    """An event of a stream of /v1/chat/completions."""
+
+    id: str
+    object: str = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[dict[str, Any]]
+    usage: Usage | msgspec.UnsetType = msgspec.UNSET
+    prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatReply(msgspec.Struct, frozen=True, kw_only=True):

@@ -35,7 +35,7 @@ def parts_of(service: Service) -> list[Part]:
     intake = Intake(service, relay)
     jobs = Jobs(service)
     data = (Completions(intake), Chat(intake), Generate(intake), Engines(relay), Health(service))
-    return [*data, Control(service), jobs, Status(service, jobs), Page()]
+    return [*data, Control(service, abort=intake.abort), jobs, Status(service, jobs), Page()]
 
 
 @contextlib.asynccontextmanager

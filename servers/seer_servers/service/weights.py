@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 from aiohttp import web
 
 from seer_async.errors import EngineError, FailureKind
-from seer_servers.service.errors import ApiError
+from seer_servers.service.errors import ApiError, bad_request
 from seer_servers.service.fanout import gathered
 from seer_servers.service.parameters import read_body
 from seer_servers.service.part import Route
@@ -48,9 +49,13 @@ class InitBody(msgspec.Struct):
 
 
 class UpdateBody(msgspec.Struct):
-    """What the engines are about to receive; a list has one entry for each worker of the fleet."""
+    """What the engines are about to receive; a list has one entry for each worker of the fleet.
 
-    update_info: dict[str, Any] | list[dict[str, Any]]
+    Or a whole update in one call, as prime-rl asks for it: the folder of a checkpoint, for engines with `seer_files`.
+    """
+
+    update_info: dict[str, Any] | list[dict[str, Any]] | None = None
+    weight_dir: str | None = None
 
 
 class FinishBody(msgspec.Struct):
@@ -69,6 +74,13 @@ class Message(msgspec.Struct):
     """What was done."""
 
     message: str
+
+
+class Named(msgspec.Struct):
+    """What the weights are called now."""
+
+    success: bool
+    new_version: str
 
 
 class Weights:
@@ -98,15 +110,15 @@ class Weights:
     def routes(self) -> list[Route]:
         """The routes."""
 
-        def post(path: str, handler: Any, summary: str, body: Any = None) -> Route:
-            return Route(method="POST", path=path, handler=handler, summary=summary, body=body, reply=Message)
+        def post(path: str, handler: Any, summary: str, body: Any = None, reply: Any = Message) -> Route:
+            return Route(method="POST", path=path, handler=handler, summary=summary, body=body, reply=reply)
 
         return [
             post("/init_weight_transfer_engine", self._init, "Make one transfer group of all engines", InitBody),
             post("/start_weight_update", self._start, "Begin an update on all engines"),
             post("/update_weights", self._update, "Receive weights on all engines at the same time", UpdateBody),
             post("/finish_weight_update", self._finish, "End the update; sample from it", FinishBody),
-            post("/update_weight_version", self._update_version, "Name the weights that engines have", VersionBody),
+            post("/update_weight_version", self._update_version, "Name the weights engines have", VersionBody, Named),
         ]
 
     # The steps of an update
@@ -124,7 +136,7 @@ class Weights:
         return web.json_response({"message": "Weight transfer initialized"})
 
     async def _start(self, _request: web.Request) -> web.Response:
-        async with self._alone("/start_weight_update"), self._held():
+        async with self._alone("/start_weight_update"), self._pausing.held():
             live = await self._fanout.live()
             boots = await self._facts.boots(live)
             engines = [name for name in boots if self._group is None or self._group.get(name) == boots[name]]
@@ -162,7 +174,16 @@ class Weights:
             )
 
     async def _update(self, request: web.Request) -> web.Response:
-        info = (await read_body(request, UpdateBody)).update_info
+        body = await read_body(request, UpdateBody)
+        if body.weight_dir is not None:
+            await self._start(request)
+            await self._receive({"path": body.weight_dir})
+            return await self._end(PurePath(body.weight_dir).name)
+        if body.update_info is None:
+            raise bad_request("update_info is missing", "update_info")
+        return await self._receive(body.update_info)
+
+    async def _receive(self, info: dict[str, Any] | list[dict[str, Any]]) -> web.Response:
         async with self._alone("/update_weights"):
             if self._open is None:
                 raise ApiError(400, "no weight update is open: /start_weight_update comes first")
@@ -205,13 +226,15 @@ class Weights:
             self._open.difference_update(engines)
 
     async def _finish(self, request: web.Request) -> web.Response:
-        body = await read_body(request, FinishBody)
+        return await self._end((await read_body(request, FinishBody)).weight_version)
+
+    async def _end(self, name: str | None) -> web.Response:
         async with self._alone("/finish_weight_update"):
             if self._open is None:
                 return self._finished_before()
             self._updates += 1
-            version = self._unused(body.weight_version or f"update-{self._updates}-{self._service.run_id[-6:]}")
-            async with self._held():
+            version = self._unused(name or f"update-{self._updates}-{self._service.run_id[-6:]}")
+            async with self._pausing.held():
                 outcome = await self._finish_on(self._open, version)
             self._fanout.check(outcome, f"the others sample from {version}", repeatable=False)
             if not outcome.ok:
@@ -235,7 +258,7 @@ class Weights:
 
     async def _update_version(self, request: web.Request) -> web.Response:
         body = await read_body(request, VersionBody)
-        async with self._alone("/update_weight_version"), self._held():
+        async with self._alone("/update_weight_version"), self._pausing.held():
             boots = await self._facts.boots(await self._fanout.live())
             engines = self._holders.among(boots) if self._transferred else list(boots)
             same = body.new_version == self._service.core.version
@@ -260,16 +283,6 @@ class Weights:
         self._service.set_version(version)
         self._service.check_engines()
         await self._service.fleet.flush_pools(self._service.run_id)
-
-    @contextlib.asynccontextmanager
-    async def _held(self) -> AsyncIterator[None]:
-        """Nothing is sampled inside, nor after it while an update is open."""
-        try:
-            await self._pausing.hold()
-            yield
-        finally:
-            if not self.updating:
-                await self._pausing.release()
 
     @contextlib.asynccontextmanager
     async def _alone(self, call: str) -> AsyncIterator[None]:

@@ -131,8 +131,9 @@ class Workers:
         return _answer(view)
 
     def _named(self, request: web.Request) -> str:
-        name = request.match_info.get("name") or self._at(request.query.get("url", "").rstrip("/"))
-        if name not in self._service.fleet.clients:
+        given = request.match_info.get("name") or request.query.get("url", "")
+        name = given if given in self._service.fleet.clients else self._at(given.rstrip("/"))  # routers take URLs
+        if name is None:
             raise ApiError(404, f"no such engine; there are {', '.join(self._service.fleet.clients)}")
         return name
 

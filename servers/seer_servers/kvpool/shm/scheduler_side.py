@@ -150,7 +150,7 @@ class SchedulerSide:
 
     def _track(self, request: Request) -> Tracked | None:
         tracked = self._tracked.get(request.request_id)
-        if tracked is None and request.cache_salt and request.lora_request is None and not request.mm_features:
+        if tracked is None and request.cache_salt and not request.mm_features:
             asked = request.kv_transfer_params or {}
             tracked = Tracked(
                 request,
@@ -232,8 +232,9 @@ class SchedulerSide:
 
     def _tail(self, tracked: Tracked, depth: int, end: int) -> BlockId:
         """The block after `depth` full ones, of which the tokens before `end` count."""
-        before = tracked.request.block_hashes[depth - 1] if depth else b""
-        tokens = array("q", tracked.request.all_token_ids[depth * self._block_size : end])
+        request = tracked.request
+        before = request.block_hashes[depth - 1] if depth else _adapter(request)  # as the hashes of full blocks know it
+        tokens = array("q", request.all_token_ids[depth * self._block_size : end])
         return BlockId(tracked.folder, block_key(self._fingerprint, before + b"tail" + tokens.tobytes()), depth)
 
     def _expend(self, tracked: Tracked) -> None:
@@ -243,3 +244,9 @@ class SchedulerSide:
         if isinstance(prompt, int) and tracked.saving:
             first = -(-prompt // self._block_size)
             self._store.expend([self._block(tracked, depth) for depth in range(first, tracked.planned)])
+
+
+def _adapter(request: Request) -> bytes:
+    """What tells a LoRA adapter from others, and from the model itself."""
+    adapter = request.lora_request
+    return repr((adapter.lora_name, adapter.lora_path)).encode() if adapter else b""
