@@ -209,7 +209,9 @@ async def test_what_does_not_survive_a_border_is_one_call(engines: list[MockProc
         asked = {"prompt": PROMPT, "max_tokens": 60, "ignore_eos": True}
         await post(client, COMPLETIONS, **asked)
         await post(client, COMPLETIONS, **asked, structured_outputs={"regex": "a+"})
-    assert [len(sample.chunks) for sample in samples] == [4, 1]
+    cut, whole = (len(sample.chunks) for sample in samples)
+    assert cut >= 4
+    assert whole == 1
 
 
 async def test_names_are_echoed(engines: list[MockProcess]) -> None:

@@ -73,8 +73,8 @@ async def test_adapters(engine: str, tmp_path: Path) -> None:
     config = resolve({"serve": {"port": 0, "stream_chunk_size": CHUNK}, "rollout": {"chunk_size": CHUNK}})
     async with (
         serving(config, [engine]) as (service, url),
-        httpx.AsyncClient(base_url=url, timeout=120) as ours,
-        httpx.AsyncClient(base_url=engine, timeout=120) as theirs,
+        httpx.AsyncClient(base_url=url, timeout=300) as ours,
+        httpx.AsyncClient(base_url=engine, timeout=300) as theirs,
     ):
 
         async def said(client: httpx.AsyncClient, model: str, **more: Any) -> tuple[list[int], list[float]]:
