@@ -71,6 +71,7 @@ class Instance:
         self._occupancy = Occupancy()
         self._reliance = config.stagger
         self._pace: float | None = None  # steps a second
+        self._in_step = True  # its calls all grow by a token a step: none drafts
         self._steps = 0.0  # that it has done, by our reckoning
         self._ticked = 0.0
 
@@ -88,6 +89,7 @@ class Instance:
         self._foreign = self._peak_reserved = 0
         self._trust = 1.0
         self._reliance, self._pace = self.config.stagger, None
+        self._in_step = not self.drafts
         self._seats = min(info.max_num_seqs or self.config.max_in_flight, self.config.max_in_flight)
         self.block_size = info.block_size
         self.longest = min(info.max_model_len, self._usable * info.block_size)
@@ -175,12 +177,23 @@ class Instance:
             return self.could_hold(tokens)
         if calls >= self._seats or self.half_open:
             return False
+        steps = tokens - request.length
+        least = (tokens - request.group.prompt_len) / self.block_size  # if it shares all of the prompt
+        if self.reserved + least > self.capacity and not self._may_fit_now(least, steps):
+            return False  # said early, because most engines are full
         need = self.need(request, tokens)
-        return need <= self.free or self._room_in_time(need, tokens - request.length)
+        return need <= self.free or self._room_in_time(need, steps)
+
+    def _may_fit_now(self, least: float, steps: int) -> bool:
+        """Whether what calls hold now, if they are relied on at all, leaves room for another's first block."""
+        if self._pace is None or not self._reliance or not self._in_step:
+            return False
+        slope = self._reliance / self.block_size
+        return self._occupancy.held(self._steps, slope) + least - slope * steps <= self.capacity
 
     def _room_in_time(self, need: int, steps: int) -> bool:
         """Whether `need` more blocks, the last of them in so many steps, are free by the time they are needed."""
-        if self._pace is None or not self._reliance or self.drafts:  # with drafts, calls do not keep step
+        if not self._may_fit_now(need, steps):
             return False
         shared = sum(sharers.blocks for sharers in self._sharers.values())
         slope = self._reliance / self.block_size
