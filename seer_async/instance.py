@@ -8,6 +8,7 @@ dispatched in the current epoch and not yet answered.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from seer_async.occupancy import Occupancy
@@ -72,6 +73,7 @@ class Instance:
         self._reliance = config.stagger
         self._pace: float | None = None  # steps a second
         self._in_step = True  # its calls all grow by a token a step: none drafts
+        self._refused = math.inf  # so many blocks had no room, and nothing has ended here since
         self._steps = 0.0  # that it has done, by our reckoning
         self._ticked = 0.0
 
@@ -113,6 +115,7 @@ class Instance:
         return max(0, self.info.num_blocks - _SPARE_BLOCKS) if self.info else 0
 
     def _weigh(self) -> None:
+        self._refused = math.inf
         self.capacity = int(self._usable * self.config.kv_fraction * self._trust) - self._foreign
         self.room = max(1, self.capacity) * self.block_size
 
@@ -177,23 +180,19 @@ class Instance:
             return self.could_hold(tokens)
         if calls >= self._seats or self.half_open:
             return False
-        steps = tokens - request.length
         least = (tokens - request.group.prompt_len) / self.block_size  # if it shares all of the prompt
-        if self.reserved + least > self.capacity and not self._may_fit_now(least, steps):
+        if least > self.capacity - self.reserved and least >= self._refused:
             return False  # said early, because most engines are full
         need = self.need(request, tokens)
-        return need <= self.free or self._room_in_time(need, steps)
-
-    def _may_fit_now(self, least: float, steps: int) -> bool:
-        """Whether what calls hold now, if they are relied on at all, leaves room for another's first block."""
-        if self._pace is None or not self._reliance or not self._in_step:
-            return False
-        slope = self._reliance / self.block_size
-        return self._occupancy.held(self._steps, slope) + least - slope * steps <= self.capacity
+        if need <= self.free:
+            return True
+        if need < self._refused and not self._room_in_time(need, tokens - request.length):
+            self._refused = need
+        return need < self._refused
 
     def _room_in_time(self, need: int, steps: int) -> bool:
         """Whether `need` more blocks, the last of them in so many steps, are free by the time they are needed."""
-        if not self._may_fit_now(need, steps):
+        if self._pace is None or not self._reliance or not self._in_step:
             return False
         shared = sum(sharers.blocks for sharers in self._sharers.values())
         slope = self._reliance / self.block_size
@@ -220,6 +219,7 @@ class Instance:
             return
         blocks, sharers = self.in_flight.pop(call)
         self._occupancy.remove(call)
+        self._refused = math.inf
         self.reserved -= blocks
         sharers.calls -= 1
         if not sharers.calls:

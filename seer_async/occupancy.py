@@ -18,33 +18,22 @@ class Occupancy:
 
     def __init__(self) -> None:
         self._calls: dict[int, tuple[float, int]] = {}  # the step at which each ends at the latest, and its blocks then
-        self._blocks = 0
-        self._ends = 0.0  # the sum
         self._profile: _Profile | None = None
 
     def add(self, call: int, blocks: int, end: float) -> None:
         """A call that holds at most `blocks`, when it ends, at step `end` or before."""
         self._calls[call] = end, blocks
-        self._blocks += blocks
-        self._ends += end
         self._profile = None
 
     def remove(self, call: int) -> None:
         """The call has ended."""
-        end, blocks = self._calls.pop(call)
-        self._blocks -= blocks
-        self._ends -= end
+        del self._calls[call]
         self._profile = None
 
     def clear(self) -> None:
         """All calls have ended."""
         self._calls.clear()
-        self._blocks, self._ends = 0, 0.0
         self._profile = None
-
-    def held(self, now: float, slope: float) -> float:
-        """Blocks held at step `now`, or somewhat more if calls are overdue; costs nothing."""
-        return self._blocks - slope * (self._ends - len(self._calls) * now)
 
     def peak_with(self, blocks: int, end: float, now: float, slope: float) -> float:
         """The most blocks held at any step from `now` to `end`, if one more call began that ends then with `blocks`."""
