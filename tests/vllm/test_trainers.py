@@ -1,5 +1,5 @@
-"""Trainers against `seer serve` over real engines: TRL's and openai's own packages, the requests of SkyRL and prime-rl,
-and GRPO with new weights every step.
+"""Trainers against `seer serve` over real engines: TRL's, openai's and verifiers' own packages, the requests of SkyRL
+and prime-rl, and GRPO with new weights every step.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from seer_async.client import Client
 from seer_async.config import resolve
 from seer_servers.model import ensure_default_model
 from seer_servers.service.serve import serving
+from tests.environments import environment
 from tests.vllm.putback import put_back
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ pytestmark = pytest.mark.vllm
 
 MESSAGES = [{"role": "user", "content": "Name a colour."}]
 CHUNK = 8  # tokens: every answer here is cut several times
+VERIFIERS_SCRIPT = Path(__file__).parents[1] / "service" / "trainers" / "verifiers_asks.py"
 EXAMPLE = Path(__file__).parents[2] / "examples" / "grpo.py"
 
 
@@ -182,6 +184,26 @@ async def _paused(service: Service, url: str, mode: str) -> Any:
         assert task.done() == (mode == "abort")
         (await client.post("/resume")).raise_for_status()
     return (await task)[0]
+
+
+@pytest.mark.parametrize("kind", ["eval", "train"])
+async def test_verifiers(vllm_fleet: LocalFleet, kind: str) -> None:
+    """verifiers' evaluation, with its chat client and the one that prime-rl trains with: every rollout is scored."""
+    verifiers = environment("verifiers", "verifiers==0.4.0")
+    async with served(vllm_fleet) as (service, url):
+        renderer = [str(ensure_default_model())] if kind == "train" else []
+        episodes = await asyncio.to_thread(
+            verifiers.run, VERIFIERS_SCRIPT, url, service.info.model, kind, "2", *renderer
+        )
+    assert len(episodes) == 6
+    for episode in episodes:
+        (trace,) = episode["traces"]
+        answer = trace["nodes"][-1]
+        assert not trace["errors"]
+        assert trace["rewards"]["said_something"]["score"] == bool((answer["message"].get("content") or "").strip())
+        if kind == "train":
+            assert len(answer["logprobs"]) > 1
+            assert all(logprob <= 0 for logprob in answer["logprobs"])
 
 
 async def test_grpo(vllm_fleet: LocalFleet, tmp_path: Path) -> None:
