@@ -64,7 +64,7 @@ class Belief:
         self._take(PRIOR)
 
     def learn(self, groups: Sequence[Evidence]) -> None:
-        """Fit the shape to all that is known; costs some ten milliseconds for 256 groups of 16."""
+        """Fit the shape to all that is known; costs some ten milliseconds for 128 groups."""
         owners = np.array([i for i, group in enumerate(groups) for _ in itertools.chain(*group)])
         values = np.log([value for group in groups for value in itertools.chain(*group)])
         ended = np.array([kind for group in groups for kind in [True] * len(group.ended) + [False] * len(group.going)])

@@ -72,7 +72,6 @@ class Instance:
         self._occupancy = Occupancy()
         self._reliance = config.stagger
         self._pace: float | None = None  # steps a second
-        self._in_step = True  # its calls all grow by a token a step: none drafts
         self._refused = math.inf  # so many blocks had no room, and nothing has ended here since
         self._steps = 0.0  # that it has done, by our reckoning
         self._ticked = 0.0
@@ -91,7 +90,6 @@ class Instance:
         self._foreign = self._peak_reserved = 0
         self._trust = 1.0
         self._reliance, self._pace = self.config.stagger, None
-        self._in_step = not self.drafts
         self._seats = min(info.max_num_seqs or self.config.max_in_flight, self.config.max_in_flight)
         self.block_size = info.block_size
         self.longest = min(info.max_model_len, self._usable * info.block_size)
@@ -192,7 +190,7 @@ class Instance:
 
     def _room_in_time(self, need: int, steps: int) -> bool:
         """Whether `need` more blocks, the last of them in so many steps, are free by the time they are needed."""
-        if self._pace is None or not self._reliance or not self._in_step:
+        if self._pace is None or not self._reliance or self.drafts:  # with drafts, calls do not keep step
             return False
         shared = sum(sharers.blocks for sharers in self._sharers.values())
         slope = self._reliance / self.block_size
