@@ -20,6 +20,11 @@ from seer_servers.model import ensure_default_model
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+# Threads of one computation wait, spinning, for the slowest: on cores that others use, two are several times slower
+# than one. Torch in the tests themselves follows this; a lone engine, which gets all cores, must be told.
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+os.environ |= ONE_THREAD
+
 POOL_BYTES = 1 << 30
 START_AND_TEST_S = 600  # two engines and the tests share what may be two busy cores
 OF_THE_FLEET = tuple(  # also what starts an engine of its own: not while the two of the fleet are at work
