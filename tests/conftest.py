@@ -33,9 +33,9 @@ OF_THE_FLEET = tuple(  # also what starts an engine of its own: not while the tw
 )
 LONG = (
     OF_THE_FLEET,
-    "tests/vllm/test_adapters.py",
     "tests/vllm/test_mooncake.py",
     "tests/live/",
+    "tests/test_mooncake.py",
     "tests/test_fleet",
 )  # begun first, in this order, so that none is alone at the end
 
