@@ -17,6 +17,7 @@ from seer_servers.fleet import EngineSpec, LocalFleet
 from seer_servers.kvpool.shm.pool import ShmPool
 from seer_servers.model import ensure_default_model
 from seer_servers.service.serve import serving
+from tests.conftest import ONE_THREAD
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,7 +42,7 @@ def engine(vllm_installed: None, tmp_path_factory: pytest.TempPathFactory) -> It
         dtype="float32",
         max_model_len=512,
         extra_args=("--enable-lora", "--max-lora-rank", str(RANK), "--max-loras", str(SLOTS)),
-        extra_env={"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"},
+        extra_env={"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} | ONE_THREAD,
     )
     fleet = LocalFleet(spec, 1, folder, pool=ShmPool(folder, 1 << 28))
     with start_blocking_portal() as portal, portal.wrap_async_context_manager(fleet):
