@@ -156,8 +156,9 @@ class Instance:
             self._steps += self._pace * (now - self._ticked)
         self._ticked = now
 
-    def paced(self, tokens: int, seconds: float) -> None:
-        """A call was answered: so many tokens in so many seconds, all its waiting included."""
+    def sampled(self, tokens: int, seconds: float) -> None:
+        """A call has brought so many tokens in so many seconds, all its waiting included."""
+        self.generated += tokens
         if tokens >= _LEAST_PACED and seconds > 0:
             pace = tokens / seconds
             self._pace = pace if self._pace is None else self._pace + _PACE_WEIGHT * (pace - self._pace)

@@ -345,7 +345,7 @@ class Service:
     @property
     def has_weights(self) -> bool:
         """Whether there are weights to sample from."""
-        return self._lost_weights is None or self.core.version != self._lost_weights
+        return self._lost_weights is None or self.core.versions.current != self._lost_weights
 
     def change_adapter(self, name: str) -> None:
         """A LoRA adapter is about to be replaced; the service must be paused."""

@@ -464,7 +464,7 @@ async def test_an_update_in_one_call(engines: list[MockProcess]) -> None:
         for ticket in tickets:
             for sample in await ticket.all():
                 assert_right(sample)
-        assert it.service.core.version == "step_7"
+        assert it.service.core.versions.current == "step_7"
         for engine in engines[:2]:
             (call,) = await calls(engine, "/update_weights")
             assert msgspec.json.decode(call["body"]) == {"update_info": {"path": "/broadcasts/step_7"}}

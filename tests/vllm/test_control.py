@@ -62,9 +62,9 @@ class Trainer:
 
     async def under_way(self) -> asyncio.Task[list[list[int]]]:
         """The group, when some of it has been sampled."""
-        before = self.service.core.tokens
+        before = self.service.core.responses.tokens
         task = self.ask()
-        while self.service.core.tokens < before + 2 * N * 8:
+        while self.service.core.responses.tokens < before + 2 * N * 8:
             await asyncio.sleep(0.01)
         assert not task.done()
         return task
@@ -124,9 +124,9 @@ async def _pauses(it: Trainer, whole: list[list[int]]) -> None:
         assert await it.engines("/is_paused") == [{"is_paused": True}] * 2
         assert await it.idle()
         assert task.done() == (mode == "wait") or mode == "abort"
-        late, before = it.ask(), it.service.core.tokens
+        late, before = it.ask(), it.service.core.responses.tokens
         await asyncio.sleep(0.5)
-        assert (late.done(), it.service.core.tokens) == (False, before)
+        assert (late.done(), it.service.core.responses.tokens) == (False, before)
         assert await it.post("/resume") == {"status": "resumed"}
         assert await it.engines("/is_paused") == [{"is_paused": False}] * 2
         assert await late == whole
@@ -166,9 +166,9 @@ async def _sleeps(it: Trainer, whole: list[list[int]]) -> None:
     assert await it.engines("/is_sleeping") == [{"is_sleeping": False}] * 2
     await it.become("STALE", "STALE")
     assert (await it.ours.get("/weight_info")).status_code == 409
-    before = it.service.core.tokens
+    before = it.service.core.responses.tokens
     await asyncio.sleep(0.5)
-    assert not task.done() and it.service.core.tokens <= before
+    assert not task.done() and it.service.core.responses.tokens <= before
     await it.update("awake")
     assert await task == whole
     assert await it.get("/weight_info") == {"weight_version": "awake"}
