@@ -143,7 +143,10 @@ def room_leaks_on_cancel(patch: pytest.MonkeyPatch) -> None:
 
 @plant
 def kv_room_ignored(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Instance, "has_room", lambda self, request, tokens: len(self.in_flight) < self.slots)
+    def mutant(self: Instance, request: Request, tokens: int) -> int | None:
+        return self.need(request, tokens) if len(self.in_flight) < self.slots else None
+
+    patch.setattr(Instance, "room_for", mutant)
 
 
 @plant
