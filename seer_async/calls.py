@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from seer_async.events import Cancel, Dispatch
+from seer_async.events import Cancel, Dispatch, HandBack
 from seer_async.instance import Instance
 from seer_async.request import Request
 from seer_async.sampling import call_params
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from seer_async.buffer import RequestBuffer
     from seer_async.policies import Policy
@@ -97,6 +97,14 @@ class Calls(Mapping[int, Call]):
         self._turn.say(Cancel(call=call_id, engine=call.instance.name))
         self.close(call_id)
         return call.request
+
+    def hand_back(self, calls: Iterable[int]) -> None:
+        """Have calls answered with what has been sampled; until then they are in flight."""
+        told: dict[str, list[int]] = {}
+        for call in calls:
+            told.setdefault(self._calls[call].instance.name, []).append(call)
+        for engine, its in told.items():
+            self._turn.say(HandBack(engine=engine, calls=tuple(its)))
 
     def lose(self, instance: Instance, reason: str) -> list[Request]:
         """The engine is gone, and its calls with it; returns their requests."""

@@ -32,6 +32,7 @@ from seer_async.events import (
     EngineUp,
     Event,
     GroupAdded,
+    HandBackRequested,
     InputClosed,
     Paused,
     RequestsCancelled,
@@ -155,6 +156,8 @@ class Core:
                 self._engine_down(event.engine, event.reason)
             case RequestsCancelled():
                 self._give_up(event)
+            case HandBackRequested():
+                self._hand_back(event)
             case EngineHeld():
                 self._hold(self.instances[event.engine], held=event.held)
             case EngineAdded():
@@ -182,22 +185,31 @@ class Core:
 
     # Requests
 
-    def _put_back(self, request: Request) -> None:
-        self.buffer.wait(request, self._turn.now)
+    def _open(self, names: Iterable[str]) -> list[Request]:
+        """Those of the requests that have not ended."""
+        found = [self.buffer.requests[name] for name in names if name in self.buffer.requests]
+        return [request for request in found if request.state not in TERMINAL]
 
     def _take_back(self, calls: Iterable[int]) -> None:
         """Give up calls; their requests wait for others."""
         for call in calls:
-            self._put_back(self.calls.drop(call))
+            self.responses.put_back(self.calls.drop(call))
 
     def _give_up(self, event: RequestsCancelled) -> None:
-        for name in event.requests:
-            request = self.buffer.requests.get(name)
-            if request is None or request.state in TERMINAL:
-                continue
+        for request in self._open(event.requests):
             if request.call is not None:
                 self.calls.drop(request.call)
             self.responses.give_up(request, "abort")
+
+    def _hand_back(self, event: HandBackRequested) -> None:
+        calls: list[int] = []
+        for request in self._open(event.requests):
+            if request.call is None:
+                self.responses.give_up(request, "abort")
+            elif not request.closing:
+                request.closing = True
+                calls.append(request.call)
+        self.calls.hand_back(calls)
 
     def _change_adapter(self, model: str) -> None:
         self.versions.replace_adapter(model)
@@ -206,6 +218,8 @@ class Core:
                 continue
             if request.call is not None:
                 self._take_back([request.call])
+            if request.state in TERMINAL:
+                continue
             if request.group.options.mixed_versions == "mark":
                 request.mixed = request.mixed or request.generated > 0
             elif request.generated:
@@ -223,7 +237,7 @@ class Core:
 
     def _engine_down(self, name: str, reason: str) -> None:
         for request in self.calls.lose(self.instances[name], reason):
-            self._put_back(request)
+            self.responses.put_back(request)
         self.buffer.unpark()
 
     def _hold(self, instance: Instance, *, held: bool) -> None:
@@ -257,10 +271,10 @@ class Core:
             request.failures += 1
             request.avoid = instance.name
             instance.failed(event.message, self._turn.now)
-        if self._hopeless(request):
+        if self._hopeless(request) and not request.closing:
             self.responses.fail(request, f"{event.kind}: {event.message}")
         else:
-            self._put_back(request)
+            self.responses.put_back(request)
 
     def _hopeless(self, request: Request) -> bool:
         ups = sum(instance.up for instance in self.instances.values())
@@ -274,13 +288,13 @@ class Core:
         instance.succeeded()
         assert request.generated == call.generated, "a request's tokens change only through its call"
         if not reply.token_ids:  # aborted on the engine before its first token: someone paused it
-            if not self.paused:
+            if not self.paused and not request.closing:
                 instance.close_for(_BUSY_WAIT_S, self._turn.now)
-            self._put_back(request)
+            self.responses.put_back(request)
             return
         version, mixed = self.versions.of_reply(call, reply)
         options = request.group.options
-        cut_short = options.indivisible and reply.finish_reason == "abort"
+        cut_short = options.indivisible and reply.finish_reason == "abort" and not request.closing
         if cut_short or (mixed and options.mixed_versions == "restart"):
             self.responses.restart(request)
             return

@@ -116,8 +116,18 @@ class Responses:
             request.finish_reason = "length"  # today's engines have a shorter context than those before
         self._go_on(request, emit=not event.emitted)
 
+    def put_back(self, request: Request) -> None:
+        """It waits for its next call, unless it was to end with the one before."""
+        if request.closing:
+            self.give_up(request, "abort")
+        else:
+            self._buffer.wait(request, self._turn.now)
+
     def restart(self, request: Request) -> None:
-        """Throw away what was generated, and begin again."""
+        """Throw away what was generated, and begin again; one that is to end now ends with it."""
+        if request.closing:
+            self.put_back(request)
+            return
         self.restarts += 1
         self._turn.say(Record(request=request.id))
         self._clear(request)
@@ -136,7 +146,7 @@ class Responses:
         self._context.observe(request)
         self._policy.learned(request)
         if request.finish_reason is None:
-            self._buffer.wait(request, self._turn.now)  # its place in the queue depends on what it has generated
+            self.put_back(request)  # its place in the queue depends on what it has generated
             return
         self._context.finish(request)
         self._policy.learned(request)
