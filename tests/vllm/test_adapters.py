@@ -115,13 +115,13 @@ async def test_adapters(engine: str, tmp_path: Path) -> None:
 
         # A replaced one takes over at once, also in a response that the one before had begun.
         long = asyncio.create_task(said(ours, "one", max_tokens=120, ignore_eos=True))
-        while service.core.tokens < 7 * 40 + 2 * CHUNK:
+        while service.core.responses.tokens < 7 * 40 + 2 * CHUNK:
             await asyncio.sleep(0.01)
             assert not long.done()
         new = {"lora_name": "one", "lora_path": paths[2], "load_inplace": True}
         (await ours.post(LOAD, json=new)).raise_for_status()
         tokens, _ = await long
-        assert service.core.restarts == 1
+        assert service.core.responses.restarts == 1
         known, _ = await said(theirs, "one", max_tokens=120, ignore_eos=True, cache_salt="new")
         assert tokens == known
         assert known[:40] != right[1][0]
