@@ -75,7 +75,8 @@ def fleet(
             "--contender",
             "-c",
             help="POLICY[+pool][+grouped|+suffix], or vllm-router:POLICY (needs that package) for one call a response; "
-            f"repeatable, ratios are to the first. `all` is {len(_ALL)} of them. [default: {', '.join(_DEFAULT)}]",
+            "repeatable, ratios are to the first. foresight wants +pool: it leaves started work for longer work. "
+            f"`all` is {len(_ALL)} of them. [default: {', '.join(_DEFAULT)}]",
             show_default=False,
         ),
     ] = None,
@@ -124,7 +125,11 @@ def fleet(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print every run as JSON on stdout.")] = False,
 ) -> None:
-    """Compare policies, features and vllm-router on one live fleet with the same forced lengths, interleaved."""
+    """Compare policies, features and vllm-router on one live fleet with the same forced lengths, interleaved.
+
+    A contender's column `oracle` is its throughput as a share of the oracle's (longest first by true lengths: not the
+    best possible), `bound` as a share of what no schedule beats: all work at the best rate seen, or the longest alone.
+    """
     names = [name for given in contender or _DEFAULT for name in (_ALL if given == "all" else (given,))]
     entries = [parse_entry(name) for name in dict.fromkeys(names)]
     if trace:
