@@ -64,7 +64,7 @@ _CAPTION = (
     "oracle: throughput as a share of the oracle's, which knows all lengths and is not the best possible\n"
     "bound: the same as a share of what no schedule beats: all work at the fleet's best rate, or the longest alone"
 )
-_WIDTH = 140  # of a table that is not shown on a terminal
+_WIDTH = 160  # of a table that is not shown on a terminal
 
 
 def fleet(
