@@ -54,7 +54,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     longest. `affinity` is how much fuller, relatively, the engine that holds a request's prefix may be before the
     request moves away; `pooled_affinity` is the same between engines that share a KV pool. `lengths` is a file of true
     lengths (a samples.jsonl of an earlier run), for the oracle; with `force_lengths` every response is ended at its
-    length there, so that policies can be compared on the same work. `over_issue` is the policy `partial`'s.
+    length there, so that policies can be compared on the same work. `over_issue` is the policy `partial`'s. The policy
+    `foresight` wants a KV pool: it leaves started work for longer work, and without a pool a return is a prefill.
     """
 
     policy: str = "seer"

@@ -85,10 +85,15 @@ class Metrics:
             prompt_tokens=int(self.total("vllm:prompt_tokens_total", 0.0)),
             cached_tokens=int(self.total("vllm:prompt_tokens_cached_total", local + pooled) - pooled),
             pooled_tokens=int(pooled),
+            recomputed_tokens=self._recomputed(),
             weight_version=weight_version,
             pool=self._pool(),
             drafts=self._drafts(),
         )
+
+    def _recomputed(self) -> int | None:
+        name = "seer:recomputed_tokens_total"
+        return int(self.total(name)) if name in self._sums else None
 
     def _drafts(self) -> DraftStats | None:
         if "vllm:spec_decode_num_drafts_total" not in self._sums:

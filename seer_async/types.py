@@ -196,7 +196,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """One reading of an engine's telemetry. Counters are totals since the engine's start; `kv_used` is in [0, 1].
 
     Of `prompt_tokens`, `cached_tokens` were in the engine's own prefix cache and `pooled_tokens` came from a KV pool.
-    vLLM does not count what it computes again after a preemption.
+    What preempted requests compute again is not in them: these are `recomputed_tokens`, None where the engine does not
+    say.
     """
 
     boot: str
@@ -208,6 +209,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int
     cached_tokens: int
     pooled_tokens: int = 0
+    recomputed_tokens: int | None = None
     weight_version: str | None = None
     pool: PoolStats | None = None
     drafts: DraftStats | None = None

@@ -105,6 +105,7 @@ def test_growth_beyond_the_memory_preempts_the_youngest():
     simulation.advance(0.31)  # 2 x (20 + 30) tokens fill the 100
     assert (list(simulation.running), list(simulation.waiting)) == ([old], [young, late])
     assert (simulation.preemptions, simulation.generated(young)) == (1, 30)
+    assert simulation.recomputed == 20 + 30
     assert simulation.advance(0.601) == [old]
     assert (list(simulation.running), list(simulation.waiting)) == ([young], [late])
     assert simulation.advance(1.1) == [young, late]

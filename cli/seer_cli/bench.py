@@ -17,6 +17,7 @@ import uvloop
 
 from seer_async.config import Config, resolve
 from seer_async.dataset import default_dataset, read_dataset
+from seer_async.errors import UsageError
 from seer_async.rollout import open_fleet
 from seer_cli.display import make_display
 from seer_cli.draftbench import index, replay
@@ -28,6 +29,7 @@ from seer_cli.load import measure_core
 from seer_cli.output import print_json, print_table
 from seer_cli.rollout import engine_urls
 from seer_cli.servebench import measure_serve
+from seer_servers.drafting.kinds import KINDS
 
 if TYPE_CHECKING:
     from seer_cli.specbench import Turn
@@ -118,6 +120,9 @@ def drafts(
     """Measure drafting: engines that draft in different ways, at the same requests, against one that does not."""
     from seer_cli.specbench import BASELINE, Point, measure_drafts, score_table, scores  # noqa: PLC0415 - heavy
 
+    contenders = list(dict.fromkeys([BASELINE, *(contender or ["grouped", "ngram"])]))
+    if unknown := next((name for name in contenders if name not in KINDS), None):
+        raise UsageError(f"--contender {unknown}: give one of {', '.join(KINDS)}")
     fleet = {"draft_tokens": draft_tokens, "kv_cache_gib": kv_cache_gib, "model": model, "max_model_len": max_model_len}
     config = resolve({"fleet": fleet})
     points = [Point(b, t) for t in temperature or [0.6, 1.0] for b in batch or [1, 4, 16, 64]]
@@ -133,7 +138,7 @@ def drafts(
                 local_spec(config.fleet),
                 Path(scratch),
                 prompts,
-                contenders=list(dict.fromkeys([BASELINE, *(contender or ["grouped", "ngram"])])),
+                contenders=contenders,
                 points=points,
                 siblings=siblings,
                 max_tokens=max_tokens,

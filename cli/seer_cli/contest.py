@@ -19,7 +19,7 @@ from seer_async.config import resolve
 from seer_async.policies import find_policy
 from seer_async.rollout import Rollout, open_fleet
 from seer_async.runfolder import RunFolder
-from seer_async.simulation.contender import parse_contender
+from seer_async.simulation.contender import Contender, parse_contender
 from seer_async.types import Prompt
 from seer_async.wire import CallSpec
 from seer_async.workload import Outcome, judged, outcome
@@ -39,17 +39,23 @@ ROUTER = "vllm-router"
 NO_DRAFTS = "none"
 _SOLO_TOKENS, _SOLO_TURNS = 64, 3
 _CALL_S = 600.0
-_OVER_ISSUE = 2.0
+_OVER_ISSUE = 2.0  # `Work.spare`
 
 
-class Entry(msgspec.Struct, frozen=True):
-    """A contender as written, read: `router` is a policy of vllm-router, or None; `draft` is of the engines."""
+class Entry(Contender, frozen=True):
+    """A contender of ours, or a policy of vllm-router."""
 
-    name: str
-    policy: str
-    pool: bool = False
-    draft: str = NO_DRAFTS
     router: str | None = None
+
+    @property
+    def fleet(self) -> str:
+        """Its engines, by the way they draft."""
+        return self.draft or NO_DRAFTS
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether it starts more than is needed, and stops."""
+        return self.router is None and not find_policy(self.policy).unbiased
 
 
 def parse_entry(text: str) -> Entry:
@@ -62,16 +68,18 @@ def parse_entry(text: str) -> Entry:
     kind, _, policy = text.partition(":")
     if kind == ROUTER:
         require_router()
-        return Entry(text, ROUTER, router=policy or "power_of_two")
-    read = parse_contender(text)
-    return Entry(text, read.policy, read.pool, read.draft or NO_DRAFTS)
+        return Entry(text, ROUTER, pool=False, draft=None, router=policy or "power_of_two")
+    return Entry(*msgspec.structs.astuple(parse_contender(text)))
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
     """One contender in one round.
 
     `idle` is by engine: the share of the time in which it ran nothing. `peak_rate` is the most tokens a second that the
-    fleet generated in five seconds. `accepted` is the mean number of draft tokens accepted by a step that had a draft.
+    fleet generated in five seconds. `prefilled` are the tokens that prefills computed, but for those of preempted
+    requests that came back: they are `recomputed`, None where engines preempted and do not say (without Seer's
+    plug-in). `prompts` are the tokens of the prompts that were begun, each once. `accepted` is the mean number of draft
+    tokens accepted by a step that had a draft.
     """
 
     contender: str
@@ -82,9 +90,21 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     preemptions: int
     migrations: int
     prefilled: int
+    recomputed: int | None
+    prompts: int
     pooled: int
     accepted: float | None
     failed: int
+
+    @property
+    def computed(self) -> int | None:
+        """Tokens of all prefills, if known."""
+        return None if self.recomputed is None else self.prefilled + self.recomputed
+
+    @property
+    def again(self) -> int | None:
+        """Tokens that prefills computed a second time: for a sibling, or after a move or a preemption."""
+        return None if self.computed is None else max(0, self.computed - self.prompts)
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,17 +122,14 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
 class Work(msgspec.Struct, frozen=True, kw_only=True):
     """What every contender does: `n` responses to each prompt, of the given lengths by request id.
 
-    `spare` are more prompts, with lengths too, for a policy that issues more than is needed and stops early.
+    `spare` are as many prompts again, with lengths too, for a policy that starts twice the work and stops at half of
+    it; fewer if there are no more.
     """
 
     prompts: list[Prompt]
     spare: list[Prompt]
     n: int
     lengths: dict[str, int]
-
-    def issued(self, *, unbiased: bool) -> list[Prompt]:
-        """The prompts that are sent."""
-        return self.prompts if unbiased else self.prompts + self.spare
 
     @property
     def needed(self) -> dict[str, int]:
@@ -139,7 +156,7 @@ class Contest:
                 work = await _tokenised(plain, untokenised)
                 first = number % len(entries)
                 for entry in [*entries[first:], *entries[:first]]:
-                    runs.append(await self._one(entry, number, fleets[entry.draft], work))
+                    runs.append(await self._one(entry, number, fleets[entry.fleet], work))
                     self._display.phase(told(runs[-1]))
         return Result(runs=runs, solo_step_s=solo, bounds_s=[_bound(runs, entries, work, solo) for work in rounds])
 
@@ -147,7 +164,7 @@ class Contest:
     async def _fleets(self, entries: Sequence[Entry]) -> AsyncIterator[dict[str, Fleet]]:
         async with contextlib.AsyncExitStack() as stack:
             fleets: dict[str, Fleet] = {}
-            for kind in sorted({entry.draft for entry in entries}, key=lambda kind: kind != NO_DRAFTS):
+            for kind in sorted({entry.fleet for entry in entries}, key=lambda kind: kind != NO_DRAFTS):
                 config = resolve(self._tree, {"fleet": {"draft": kind, "servers": self._servers.get(kind, [])}})
                 folder = self._scratch / f"fleet-{kind}"
                 folder.mkdir()
@@ -168,9 +185,11 @@ class Contest:
                 ends = await routed(urls, entry.router, log, fleet.info.model, work)
             judgement = judged([end - started for end in ends], sum(work.needed.values()))
             migrations = failed = 0
+            prompts = sum(len(prompt.token_ids or ()) for prompt in work.prompts)
         else:
             migrations, failed = await self._roll(entry, path, fleet, work, watch)
             judgement = outcome(path / "samples.jsonl", started)
+            prompts = _begun(path / "samples.jsonl")
         verified, accepted = watch.drafted()
         return Run(
             contender=entry.name,
@@ -181,6 +200,8 @@ class Contest:
             preemptions=watch.grown("preemptions"),
             migrations=migrations,
             prefilled=watch.grown("prefilled_tokens"),
+            recomputed=watch.recomputed(),
+            prompts=prompts,
             pooled=watch.grown("pooled_tokens"),
             accepted=accepted / verified if verified else None,
             failed=failed,
@@ -188,7 +209,7 @@ class Contest:
 
     async def _roll(self, entry: Entry, path: Path, fleet: Fleet, work: Work, watch: Watch) -> tuple[int, int]:
         """Sample through our own core; returns moves and failed samples."""
-        prompts = work.issued(unbiased=find_policy(entry.policy).unbiased)
+        prompts = work.prompts + work.spare if entry.stops_early else work.prompts
         table = path.with_name(f"{path.name}.lengths.jsonl")
         table.write_bytes(
             b"".join(msgspec.json.encode({"id": i, "length": v}) + b"\n" for i, v in work.lengths.items())
@@ -205,19 +226,37 @@ class Contest:
         return result.snapshot.migrations, result.snapshot.failed
 
 
+class _Sample(msgspec.Struct):
+    group: str
+    prompt_token_ids: list[int]
+    chunks: list[msgspec.Raw]
+
+
+def _begun(samples: Path) -> int:
+    """Tokens of the prompts of which anything was sampled, each once."""
+    with samples.open("rb") as file:
+        written = [msgspec.json.decode(line, type=_Sample) for line in file]
+    return sum({sample.group: len(sample.prompt_token_ids) for sample in written if sample.chunks}.values())
+
+
 def told(run: Run) -> str:
     """A run in one line."""
     o = run.outcome
     idle = ", ".join(f"{share:.0%}" for share in run.idle.values())
     return (
         f"{run.contender}: {o.throughput:.0f} tokens/s, {o.seconds:.1f} s, tail {o.tail_s:.1f} s, idle {idle}, "
-        f"{run.preemptions} preemptions, {run.migrations} moves, {run.prefilled} tokens prefilled, {run.pooled} from "
-        f"the pool, {run.failed} failed"
+        f"{run.preemptions} preemptions, {run.migrations} moves, {count(run.computed)} tokens prefilled "
+        f"({count(run.again)} again), {run.pooled} from the pool, {run.failed} failed"
     )
 
 
+def count(tokens: float | None) -> str:
+    """A number of tokens in figures, or a question mark."""
+    return "?" if tokens is None else f"{tokens:.0f}"
+
+
 def _bound(runs: Sequence[Run], entries: Sequence[Entry], work: Work, solo_step_s: float) -> float:
-    plain = {entry.name for entry in entries if entry.draft == NO_DRAFTS}
+    plain = {entry.name for entry in entries if not entry.draft}
     peak = max((run.peak_rate for run in runs if run.contender in plain), default=0.0)
     alone = max(work.needed.values()) * solo_step_s
     return max(sum(work.needed.values()) / peak, alone) if peak else alone

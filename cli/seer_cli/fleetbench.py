@@ -16,17 +16,17 @@ from rich.table import Table
 from seer_async.config import merge, parse_setting
 from seer_async.dataset import default_dataset, read_dataset
 from seer_async.errors import UsageError
+from seer_async.simulation.contender import rival
 from seer_async.simulation.workload import responses
 from seer_async.types import Prompt
 from seer_async.workload import heavy_tailed_lengths
-from seer_cli.contest import NO_DRAFTS, Contest, Entry, Result, Run, Work, parse_entry
+from seer_cli.contest import NO_DRAFTS, Contest, Entry, Result, Run, Work, count, parse_entry
 from seer_cli.display import make_display
 from seer_cli.output import print_json, print_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-_ORACLE = "oracle"
 _DEFAULT = ("group-round-robin", "no-context+pool", "seer", "seer+pool", "oracle+pool")
 _ALL = (
     "group-round-robin",
@@ -44,7 +44,27 @@ _ALL = (
     "seer+pool+suffix",
     "seer+pool+grouped",
 )
-_WIDTH = 140  # of a table that is not shown on a terminal
+_COLUMNS = (
+    "contender",
+    "tokens/s",
+    "seconds",
+    "tail s",
+    "idle",
+    "preempted",
+    "moves",
+    "prefilled",
+    "again",
+    "pooled",
+    "accepted",
+    "oracle",
+    "bound",
+)
+_CAPTION = (
+    "prefilled: tokens computed by prefills, again: those beyond each prompt once (siblings, moves, preemptions)\n"
+    "oracle: throughput as a share of the oracle's, which knows all lengths and is not the best possible\n"
+    "bound: the same as a share of what no schedule beats: all work at the fleet's best rate, or the longest alone"
+)
+_WIDTH = 160  # of a table that is not shown on a terminal
 
 
 def fleet(
@@ -55,7 +75,8 @@ def fleet(
             "--contender",
             "-c",
             help="POLICY[+pool][+grouped|+suffix], or vllm-router:POLICY (needs that package) for one call a response; "
-            f"repeatable, ratios are to the first. `all` is {len(_ALL)} of them. [default: {', '.join(_DEFAULT)}]",
+            "repeatable, ratios are to the first. foresight wants +pool: it leaves started work for longer work. "
+            f"`all` is {len(_ALL)} of them. [default: {', '.join(_DEFAULT)}]",
             show_default=False,
         ),
     ] = None,
@@ -104,7 +125,11 @@ def fleet(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print every run as JSON on stdout.")] = False,
 ) -> None:
-    """Compare policies, features and vllm-router on one live fleet with the same forced lengths, interleaved."""
+    """Compare policies, features and vllm-router on one live fleet with the same forced lengths, interleaved.
+
+    A contender's column `oracle` is its throughput as a share of the oracle's (longest first by true lengths: not the
+    best possible), `bound` as a share of what no schedule beats: all work at the best rate seen, or the longest alone.
+    """
     names = [name for given in contender or _DEFAULT for name in (_ALL if given == "all" else (given,))]
     entries = [parse_entry(name) for name in dict.fromkeys(names)]
     if trace:
@@ -114,6 +139,7 @@ def fleet(
             _generated(groups, n, mean=mean, longest=longest, correlation=correlation, seed=seed + number)
             for number in range(repeats)
         ]
+    _require_spare(entries, rounds[0])
     tree = {
         "rollout": {"n": n, "chunk_size": chunk_size},
         "sampling": {"max_tokens": max(max(work.lengths.values()) for work in rounds), "seed": seed},
@@ -165,13 +191,23 @@ def _replayed(path: Path, groups: int, n: int) -> Work:
     return Work(prompts=chosen[:groups], spare=chosen[groups:], n=n, lengths=forced)
 
 
+def _require_spare(entries: Sequence[Entry], work: Work) -> None:
+    """UsageError if a contender that starts twice the work would run out of it."""
+    early = next((entry.name for entry in entries if entry.stops_early), None)
+    if early and len(work.spare) < len(work.prompts):
+        most = (len(work.prompts) + len(work.spare)) // 2
+        raise UsageError(
+            f"{early} starts twice as many prompts as it finishes: give --groups {most} at most, or leave it out"
+        )
+
+
 def _servers(given: Sequence[str], entries: Sequence[Entry]) -> dict[str, list[str]]:
     """URLs by the way their engines draft."""
     servers: dict[str, list[str]] = {}
     for text in given:
         kind, equals, url = text.partition("=")
         servers.setdefault(kind if equals else NO_DRAFTS, []).append(url if equals else text)
-    wanted = {entry.draft for entry in entries}
+    wanted = {entry.fleet for entry in entries}
     if given and wanted - servers.keys():
         raise UsageError(f"name running engines that draft {(wanted - servers.keys()).pop()!r} too: --server KIND=URL")
     return servers
@@ -181,21 +217,24 @@ def _table(result: Result, entries: Sequence[Entry]) -> Table:
     """Medians over the rounds; ratios are taken round by round."""
     by_name = {entry.name: [run for run in result.runs if run.contender == entry.name] for entry in entries}
     base = by_name[entries[0].name]
-    table = Table(title=f"medians of {len(base)} interleaved rounds; ratios to {entries[0].name} in brackets")
-    columns = ("tokens/s", "seconds", "tail s", "idle", "preempted", "moves", "prefilled", "pooled", "accepted")
-    for column in ("contender", *columns, "oracle", "bound"):
+    table = Table(
+        title=f"medians of {len(base)} interleaved rounds; ratios to {entries[0].name} in brackets", caption=_CAPTION
+    )
+    for column in _COLUMNS:
         table.add_column(column, justify="left" if column == "contender" else "right", no_wrap=True)
     for entry in entries:
-        table.add_row(entry.name, *_cells(by_name[entry.name], base, _rival(entry, by_name), entry, result))
+        oracle = rival(entry, entries)
+        oracles = by_name[oracle.name] if oracle else []
+        table.add_row(entry.name, *_cells(by_name[entry.name], base, oracles, entry, result))
     return table
 
 
-def _cells(runs: Sequence[Run], base: Sequence[Run], rival: Sequence[Run], entry: Entry, result: Result) -> list[str]:
+def _cells(runs: Sequence[Run], base: Sequence[Run], oracles: Sequence[Run], entry: Entry, result: Result) -> list[str]:
     speed = _ratio(runs, base, lambda run: run.outcome.throughput)
     tail = _ratio(runs, base, lambda run: run.outcome.tail_s)
     seconds = _median(runs, lambda run: run.outcome.seconds)
     accepted = [run.accepted for run in runs if run.accepted is not None]
-    bounded = entry.draft == NO_DRAFTS and entry.policy != "partial"
+    bounded = not entry.draft and not entry.stops_early
     return [
         f"{_median(runs, lambda run: run.outcome.throughput):.0f} ({speed:.2f})",
         f"{seconds:.1f}",
@@ -203,19 +242,19 @@ def _cells(runs: Sequence[Run], base: Sequence[Run], rival: Sequence[Run], entry
         f"{_median(runs, lambda run: statistics.mean(run.idle.values())):.0%}",
         f"{_median(runs, lambda run: run.preemptions):.0f}",
         f"{_median(runs, lambda run: run.migrations):.0f}",
-        f"{_median(runs, lambda run: run.prefilled):.0f}",
+        _tokens([run.computed for run in runs]),
+        _tokens([run.again for run in runs]),
         f"{_median(runs, lambda run: run.pooled):.0f}",
         f"{statistics.median(accepted):.2f}" if accepted else "",
-        f"{_ratio(runs, rival, lambda run: run.outcome.throughput):.0%}" if rival else "",
+        f"{_ratio(runs, oracles, lambda run: run.outcome.throughput):.0%}" if oracles else "",
         f"{statistics.median(result.bounds_s[run.round] / run.outcome.seconds for run in runs):.0%}" if bounded else "",
     ]
 
 
-def _rival(entry: Entry, by_name: dict[str, list[Run]]) -> list[Run]:
-    """The oracle's runs with the same drafts, preferably with a pool, as a share of which a contender is told."""
-    drafts = "" if entry.draft == NO_DRAFTS else f"+{entry.draft}"
-    names = (f"{_ORACLE}+pool{drafts}", f"{_ORACLE}{drafts}")
-    return next((by_name[name] for name in names if name in by_name), [])
+def _tokens(figures: Sequence[int | None]) -> str:
+    """Their median, or a question mark if one of them is not known."""
+    known = [figure for figure in figures if figure is not None]
+    return count(statistics.median(known) if len(known) == len(figures) else None)
 
 
 def _median(runs: Sequence[Run], figure: Callable[[Run], float]) -> float:
@@ -224,5 +263,5 @@ def _median(runs: Sequence[Run], figure: Callable[[Run], float]) -> float:
 
 def _ratio(runs: Sequence[Run], others: Sequence[Run], figure: Callable[[Run], float]) -> float:
     """The median over the rounds of one's figure divided by the other's."""
-    rival = {run.round: figure(run) for run in others}
-    return statistics.median(figure(run) / max(1e-9, rival[run.round]) for run in runs)
+    theirs = {run.round: figure(run) for run in others}
+    return statistics.median(figure(run) / max(1e-9, theirs[run.round]) for run in runs)

@@ -12,6 +12,7 @@ import importlib.util
 import os
 import sys
 import time
+import uuid
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -44,16 +45,19 @@ async def routed(urls: Sequence[str], policy: str, log: Path, model: str, work: 
     Raises:
         FleetError: The router does not start, or answers a call with an error.
     """
+    salt = uuid.uuid4().hex
     async with router(urls, policy, log) as url, engine_session() as session:
         calls = [
-            _call(session, url, model, prompt, work.lengths[f"{prompt.id}/{index}"])
+            _call(session, url, model, prompt, work.lengths[f"{prompt.id}/{index}"], salt=salt)
             for index in range(work.n)
             for prompt in work.prompts
         ]
         return await asyncio.gather(*calls)
 
 
-async def _call(session: aiohttp.ClientSession, url: str, model: str, prompt: Prompt, length: int) -> float:
+async def _call(
+    session: aiohttp.ClientSession, url: str, model: str, prompt: Prompt, length: int, *, salt: str
+) -> float:
     body: dict[str, Any] = {
         "model": model,
         "prompt": prompt.token_ids,
@@ -61,6 +65,8 @@ async def _call(session: aiohttp.ClientSession, url: str, model: str, prompt: Pr
         "ignore_eos": True,
         "logprobs": 0,
         "return_token_ids": True,
+        "cache_salt": salt,  # prompts of an earlier round are not found again, nor in runs of our own
+        "kv_transfer_params": {"seer_load": False, "seer_save": False},  # no pool
     }
     timeout = aiohttp.ClientTimeout(total=_CALL_S)
     async with session.post(

@@ -57,6 +57,12 @@ class Watch:
         first, last = self._readings[0][1], self._readings[-1][1]
         return sum(getattr(last[name], counter) - getattr(first[name], counter) for name in self._clients)
 
+    def recomputed(self) -> int | None:
+        """Tokens that preempted requests computed again in the block; None if engines preempted and do not say."""
+        if any(stats.recomputed_tokens is None for stats in self._readings[-1][1].values()):
+            return None if self.grown("preemptions") else 0
+        return self.grown("recomputed_tokens")
+
     def drafted(self) -> tuple[int, int]:
         """How many steps verified a draft in the block, and how many draft tokens they accepted."""
         readings = (self._readings[0][1], self._readings[-1][1])

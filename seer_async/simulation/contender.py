@@ -6,11 +6,17 @@ from the request's own tokens alone.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, TypeVar
+
 import msgspec
 
 from seer_async.errors import UsageError
 from seer_async.policies import find_policy
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+ORACLE = "oracle"
 _FEATURES = ("pool", "grouped", "suffix")
 
 
@@ -21,6 +27,18 @@ class Contender(msgspec.Struct, frozen=True):
     policy: str
     pool: bool
     draft: str | None
+
+
+C = TypeVar("C", bound=Contender)
+
+
+def rival(contender: Contender, others: Iterable[C]) -> C | None:
+    """The oracle among others that a contender is told a share of: it drafts alike, and has a pool if one of them has.
+
+    It knows the true lengths and takes the longest first. That is not the best possible: a share may be above 1.
+    """
+    oracles = [other for other in others if other.policy == ORACLE and other.draft == contender.draft]
+    return max(oracles, key=lambda other: other.pool, default=None)
 
 
 def parse_contender(text: str) -> Contender:

@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from seer_async.policies import find_policy
-from seer_async.simulation.contender import parse_contender
+from seer_async.simulation.contender import parse_contender, rival
 from seer_async.simulation.run import Setup, Simulation
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from seer_async.simulation.outcome import Figures
-
-ORACLE = "oracle"
 
 
 def contest(setup: Setup, contenders: Sequence[str]) -> Iterator[Figures]:
@@ -29,11 +27,11 @@ def contest(setup: Setup, contenders: Sequence[str]) -> Iterator[Figures]:
 
 
 def oracle_share(figures: Figures, all_figures: Sequence[Figures]) -> float | None:
-    """Throughput as a share of the oracle's with the same features, if that has run."""
-    _, *features = figures.contender.split("+")
-    wanted = "+".join([ORACLE, *features])
-    rival = next((f for f in all_figures if (f.contender, f.workload) == (wanted, figures.workload)), None)
-    return figures.throughput / rival.throughput if rival else None
+    """Throughput as a share of that of the oracle of `rival`, if one has run and finished anything."""
+    by_name = {other.contender: other for other in all_figures if other.workload == figures.workload}
+    oracle = rival(parse_contender(figures.contender), map(parse_contender, by_name))
+    best = by_name[oracle.name].throughput if oracle else 0.0
+    return figures.throughput / best if best else None
 
 
 def _over_issued(setup: Setup, policy: str) -> Setup:

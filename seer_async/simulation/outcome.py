@@ -19,6 +19,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
 
     `tail_s` is the time spent on the last tenth of the requests. `idle` is the share of engine time without a call.
     `again` are tokens that were computed a second time, because of a preemption or a move; `loaded` came from the pool.
+    `requests` have finished; `failed` could not, because with their prompts they are longer than an engine's KV memory.
     `bound` is the share of a lower bound on the time: 1 means that no schedule on these engines could be faster.
     """
 
@@ -34,6 +35,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     again: int
     loaded: int
     requests: int
+    failed: int
     tokens: int
     chunks: int
     bound: float
@@ -45,8 +47,10 @@ def lower_bound(lengths: Sequence[int], instances: int, engine: EngineModel, dra
 
     Every token costs its share of a step and the reading of its context. There are at least as many steps as the places
     in a batch ask for, and as many as memory asks for: summed over the steps, KV in use is what responses hold while
-    they grow. Prompts and their prefill are left out.
+    they grow. Prompts and their prefill are left out. Without responses it is 0.
     """
+    if not lengths:
+        return 0.0
     ways = list(enumerate(drafting.best_gains)) if drafting else [(0, 1.0)]
     longest = [max(lengths)]
     seats, memory = float(engine.max_seqs), float(engine.kv_tokens)

@@ -88,7 +88,25 @@ CPU = Setting(
         chunk_size=64,
     ),
 )
-SETTINGS = {setting.shape.name: setting for setting in (MOONLIGHT, QWEN2_VL, KIMI_K2, CPU)}
+H100_SMALL = Setting(
+    shape=Shape(name="h100-1.5b", requests=880, n=8, mean=900, limit=4096, prompt=60, sigma=0.9, correlation=0.9),
+    fleet=Fleet(
+        engine=EngineModel(
+            cost=EngineCost(
+                base_s=0.0032,
+                sequence_s=0.00006,
+                prefill_token_s=1 / 40_000,
+                draft_token_s=0.0001,
+                load_token_s=1e-6,
+            ),
+            kv_tokens=48_000,
+            max_seqs=256,
+        ),
+        instances=2,
+        chunk_size=1024,
+    ),
+)
+SETTINGS = {setting.shape.name: setting for setting in (MOONLIGHT, QWEN2_VL, KIMI_K2, CPU, H100_SMALL)}
 PAPER = (MOONLIGHT, QWEN2_VL, KIMI_K2)
 
 

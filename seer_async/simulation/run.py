@@ -11,6 +11,7 @@ no preemption).
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from functools import partial
@@ -45,7 +46,8 @@ _POOL = "simulated"
 class Setup(msgspec.Struct, frozen=True, kw_only=True):
     """What all contenders share. `chunk_size` in tokens, 0 for whole responses; `grain` 0 chooses one.
 
-    `scheduler` are keys of the config's scheduler section; `estimate` names a rule of `simulation.estimates`.
+    `scheduler` and `admission` are keys of the config's sections scheduler and engine; `estimate` names a rule of
+    `simulation.estimates`.
     """
 
     workload: Workload
@@ -53,6 +55,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     instances: int
     chunk_size: int
     scheduler: dict[str, Any] = {}
+    admission: dict[str, Any] = {}
     estimate: str = "longest"
     seed: int = 0
     grain: int = 0
@@ -68,7 +71,7 @@ class Simulation:
         self.clock = VirtualClock(setup.seed)
         self.drafting = Drafting.from_table(grouped=contender.draft == "grouped") if contender.draft else None
         self.finished: dict[str, float] = {}  # when responses finished
-        self.tokens = self.chunks = self.loaded = 0
+        self.tokens = self.chunks = self.loaded = self.failed = 0
         self._model = setup.engine
         self._started: Counter[str] = Counter()  # requests by group
         self._pool: dict[str, int] = {}  # tokens by request
@@ -83,7 +86,7 @@ class Simulation:
             {
                 "rollout": {"chunk_size": chunk},
                 "scheduler": {**setup.scheduler, "policy": self.contender.policy},
-                "engine": {"max_in_flight": 10**6},  # an engine's own limit holds
+                "engine": {**setup.admission, "max_in_flight": 10**6},  # an engine's own limit holds
             }
         )
         estimate = find_estimate(setup.estimate)
@@ -172,6 +175,8 @@ class Simulation:
         if emit.sample.finish_reason in {"stop", "length"}:
             self.finished[emit.sample.id] = self.clock.now
             self.tokens += self._true[emit.sample.id] * self.grain
+        elif emit.sample.finish_reason == "error":  # there are no faults: it does not fit
+            self.failed += 1
 
     def _send(self, dispatch: Dispatch, called: dict[str, None]) -> None:
         group, _, _ = dispatch.request.rpartition("/")
@@ -220,7 +225,7 @@ class Simulation:
     # What came of it
 
     def _figures(self, wall_s: float) -> Figures:
-        total = self.clock.now
+        total = self.clock.now or math.inf  # nothing took any time where nothing fits
         engines = self.engines.values()
         lengths = [self._true[request] * self.grain for request in self.finished]
         bound = lower_bound(lengths, len(engines), self._model, self.drafting)
@@ -228,8 +233,8 @@ class Simulation:
             contender=self.contender.name,
             workload=self.workload.name,
             throughput=self.tokens / total,
-            total_s=total,
-            tail_s=total - tail_start(self.finished.values()),
+            total_s=self.clock.now,
+            tail_s=self.clock.now - tail_start(self.finished.values()) if self.finished else 0.0,
             idle=1 - sum(engine.busy_s for engine in engines) / (total * len(engines)),
             batch=sum(engine.generated for engine in engines) / max(1.0, sum(engine.steps for engine in engines)),
             preemptions=sum(engine.preemptions for engine in engines),
@@ -237,6 +242,7 @@ class Simulation:
             again=sum(engine.again for engine in engines),
             loaded=self.loaded,
             requests=len(self.finished),
+            failed=self.failed,
             tokens=self.tokens,
             chunks=self.chunks,
             bound=bound / total,

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+from typer.testing import CliRunner
 
 from seer_async.errors import UsageError
 from seer_async.types import Prompt
+from seer_cli import bench
+from seer_cli.main import app
 from seer_cli.specbench import Point, Turn, measure_drafts, score_table, scores
 from seer_servers.fleet import EngineSpec
 
@@ -36,6 +39,14 @@ def test_ratios_are_of_one_repeat_and_steps_off_of_all() -> None:
     assert grouped.off_share == 0.75
     assert none.off_share == 0
     assert score_table(turns).row_count == 2
+
+
+def test_names_are_checked_before_anything_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "local_spec", lambda _: pytest.fail("something was started"))
+    with pytest.raises(UsageError, match="--contender bogus: give one of none, grouped, suffix, ngram"):
+        CliRunner().invoke(
+            app, ["bench", "drafts", "--contender", "grouped", "--contender", "bogus"], catch_exceptions=False
+        )
 
 
 async def test_a_turn_needs_as_many_prompts_as_groups(tmp_path: Path) -> None:

@@ -9,9 +9,12 @@ import pytest
 from typer.testing import CliRunner
 
 from seer_async.errors import SeerError
+from seer_async.types import EngineStats
 from seer_async.workload import heavy_tailed_lengths
 from seer_cli.contest import parse_entry
+from seer_cli.fleetbench import _tokens
 from seer_cli.main import app
+from seer_cli.watch import Watch
 from tests.live.engines import mock_engines
 
 if TYPE_CHECKING:
@@ -48,9 +51,47 @@ def test_contenders_do_the_same_work(tmp_path: Path) -> None:
         assert 0 < run["outcome"]["tail_s"] < run["outcome"]["seconds"]
         assert run["outcome"]["throughput"] == pytest.approx(run["outcome"]["tokens"] / run["outcome"]["seconds"])
         assert all(0 <= share <= 1 for share in run["idle"].values())
-        assert run["prefilled"] > 0
+        assert run["prefilled"] >= run["prompts"] > 0
+        assert run["recomputed"] == run["preemptions"] == 0
     assert {run["migrations"] for run in runs if run["contender"] == "group-round-robin"} == {0}
     assert result["solo_step_s"] > 0.002
+
+
+@pytest.mark.timeout(120)
+def test_what_preempted_requests_compute_again_is_counted() -> None:
+    scarce = ["--step-ms", "2", "--num-blocks", "48", "--block-size", "16", "--max-model-len", "512"]
+    with mock_engines(scarce) as engines:
+        options = ["--groups", str(GROUPS), "-n", str(N), "--mean", "60", "--longest", "200", "--repeats", "1"]
+        baseline, seer = bench(engines, "-c", "group-round-robin", "-c", "seer", *options)["runs"]
+    assert baseline["preemptions"] > 0
+    assert baseline["recomputed"] > 30 * baseline["preemptions"]  # a prompt, and what it had generated
+    assert seer["preemptions"] == seer["recomputed"] == 0
+    assert seer["prefilled"] > seer["prompts"] == baseline["prompts"]  # no pool: continuations are prefilled
+
+
+def test_an_engine_that_does_not_say_what_it_computed_again_leaves_a_question_mark() -> None:
+    def reading(preemptions: int, recomputed: int | None) -> EngineStats:
+        return EngineStats(
+            boot="b",
+            running=0,
+            waiting=0,
+            kv_used=0.0,
+            preemptions=preemptions,
+            generated_tokens=0,
+            prompt_tokens=0,
+            cached_tokens=0,
+            recomputed_tokens=recomputed,
+        )
+
+    def watched(*readings: EngineStats) -> int | None:
+        watch = Watch({"e": None})  # type: ignore[dict-item]  # it is not asked
+        watch._readings = [(float(at), {"e": stats}) for at, stats in enumerate(readings)]
+        return watch.recomputed()
+
+    assert watched(reading(2, 50), reading(5, 170)) == 120
+    assert watched(reading(2, None), reading(2, None)) == 0
+    assert watched(reading(2, None), reading(3, None)) is None
+    assert [_tokens(figures) for figures in ([10, 30, 20], [10, None, 20])] == ["20", "?"]
 
 
 @pytest.mark.timeout(120)
@@ -74,6 +115,7 @@ def test_what_cannot_be_compared() -> None:
         (["-c", "seer+grouped", "--server", "http://127.0.0.1:1"], "--server KIND=URL"),
         (["-c", "seer", "--groups", "10000"], "--groups"),
         (["-c", "seer", "--trace", "/nowhere"], "/nowhere"),
+        (["-c", "seer", "-c", "partial+pool", "--groups", "57"], r"partial\+pool starts twice .* --groups 56 at most"),
     ):
         with pytest.raises(SeerError, match=said):
             CliRunner().invoke(app, ["bench", "fleet", *options], catch_exceptions=False)

@@ -49,6 +49,14 @@ def test_a_study_says_what_the_paper_saw() -> None:
     assert [round(row["paper_tail"], 2) for row in rows[1::2]] == [0.15, 0.05, 0.27]
 
 
+def test_a_table_says_what_did_not_finish() -> None:
+    result = runner.invoke(app, ["simulate", "-c", "seer", "-c", "group-round-robin", "--kv-tokens", "100"])
+    assert result.exit_code == 0
+    assert "seer: 189 of 192 responses did not finish" in result.stdout
+    assert "group-round-robin: 192 of 192" in result.stdout
+    assert "did not finish" in result.stderr
+
+
 def test_mistakes_say_what_to_give() -> None:
     for args, message in (
         (["--workload", "none"], "moonlight"),
@@ -57,6 +65,9 @@ def test_mistakes_say_what_to_give() -> None:
         (["-c", "seer+suffix+grouped"], "+grouped or +suffix"),
         (["--estimate", "none"], "optimistic"),
         (["--workload", "no/such/run"], "finished run"),
+        (["--workload", "no/such/run", "--scale", "1"], "leave out --scale"),
+        (["--study", "tail", "-w", "cpu", "-c", "seer"], "leave out --workload, --contender"),
+        (["--study", "tail", "--kv-tokens", "9", "--probes", "1"], "leave out --kv-tokens, --probes"),
     ):
         result = runner.invoke(app, ["simulate", "--json", *args])
         assert result.exit_code == 2, result.output

@@ -15,7 +15,7 @@ from seer_async.simulation.contender import parse_contender
 from seer_async.simulation.contest import contest, oracle_share
 from seer_async.simulation.cost import EngineCost, EngineModel
 from seer_async.simulation.outcome import Figures, lower_bound
-from seer_async.simulation.presets import CPU, QWEN2_VL
+from seer_async.simulation.presets import CPU, H100_SMALL, QWEN2_VL
 from seer_async.simulation.run import Setup, Simulation
 from seer_async.simulation.studies import scaled
 from seer_async.simulation.workload import Shape, WorkGroup, Workload
@@ -76,6 +76,23 @@ def test_the_bound_is_reached_where_nothing_stands_in_the_way() -> None:
     assert figures.total_s == pytest.approx(lower_bound([1000], 1, engine), rel=1e-6)
 
 
+def test_what_no_engine_can_hold_is_counted_as_failed() -> None:
+    for kv_tokens in (10, 100, 400):
+        engine = msgspec.structs.replace(CPU.fleet.engine, kv_tokens=kv_tokens)
+        figures = one(cpu(engine=engine), "oracle")
+        assert figures.failed > 0
+        assert figures.failed + figures.requests == 192
+        assert (figures.throughput > 0) == (figures.requests > 0) == (kv_tokens > 10)
+    assert one(cpu(), "oracle").failed == 0
+
+
+def test_what_admission_relies_on_can_be_set() -> None:
+    setup = scaled(H100_SMALL, seed=0)
+    usual, careful = one(setup, "seer+pool"), one(msgspec.structs.replace(setup, admission={"stagger": 0}), "seer+pool")
+    assert usual.preemptions == careful.preemptions == 0
+    assert usual.batch > 1.2 * careful.batch
+
+
 def test_a_pool_spares_the_second_prefill() -> None:
     without, pooled = one(cpu(), "seer"), one(cpu(), "seer+pool")
     assert without.again > 0
@@ -95,6 +112,15 @@ def test_foresight_shortens_the_tail() -> None:
     assert oracle.tail_s < seer.tail_s < base.tail_s
     assert base.throughput < seer.throughput < oracle.throughput
     assert oracle_share(seer, [base, seer, oracle]) == pytest.approx(seer.throughput / oracle.throughput)
+
+
+def test_shares_are_of_the_oracle_with_a_pool_whether_or_not_a_contender_has_one() -> None:
+    names = ["seer", "oracle", "seer+pool", "oracle+pool", "seer+pool+grouped"]
+    seer, oracle, pooled, best, drafted = figures = list(contest(cpu(), names))
+    shares = [oracle_share(f, figures) for f in figures]
+    assert shares == [*(f.throughput / best.throughput for f in (seer, oracle, pooled, best)), None]
+    assert oracle_share(seer, [seer, oracle]) == seer.throughput / oracle.throughput
+    assert oracle_share(drafted, figures) is None  # no oracle drafts so
 
 
 def test_partial_rollout_stops_at_half_of_twice_the_work() -> None:

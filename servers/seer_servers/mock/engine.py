@@ -133,6 +133,11 @@ class MockEngine:
         return self._simulation.preemptions
 
     @property
+    def recomputed(self) -> int:
+        """Tokens that preempted requests have to prefill again, since the start."""
+        return self._simulation.recomputed
+
+    @property
     def kv_usage(self) -> float:
         """Fraction of the KV memory that running requests hold."""
         return min(1.0, self._simulation.used / self.config.kv.capacity)

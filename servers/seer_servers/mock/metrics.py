@@ -18,6 +18,7 @@ def prometheus_text(engine: MockEngine) -> str:
         ("vllm:num_requests_waiting", "gauge", labels, engine.waiting),
         ("vllm:kv_cache_usage_perc", "gauge", labels, engine.kv_usage),
         ("vllm:num_preemptions_total", "counter", labels, engine.preemptions),
+        ("seer:recomputed_tokens_total", "counter", "", engine.recomputed),
         ("vllm:prompt_tokens_total", "counter", labels, engine.cache.queries),
         ("vllm:generation_tokens_total", "counter", labels, engine.generated_tokens),
         ("vllm:prefix_cache_queries_total", "counter", labels, engine.cache.queries),

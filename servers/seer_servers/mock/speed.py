@@ -83,6 +83,7 @@ class Simulation(Generic[J]):
 
     def __init__(self, speed: Speed, kv: KV, now: float = 0.0) -> None:
         self.preemptions = 0
+        self.recomputed = 0  # tokens that preempted jobs have to prefill again
         self.running: dict[J, None] = {}  # in the order of admission: the last is the youngest
         self.waiting: OrderedDict[J, None] = OrderedDict()
         self.frozen = False
@@ -184,6 +185,7 @@ class Simulation(Generic[J]):
             self.waiting[job] = None
             self.waiting.move_to_end(job, last=False)
             self.preemptions += 1
+            self.recomputed += job.held
 
     def _admit(self) -> None:
         """Start waiting jobs, oldest first, while they fit with a block of growth for each running job."""

@@ -20,6 +20,7 @@ from vllm.engine.protocol import EngineClient
 from vllm.logger import init_logger
 
 from seer_servers.plugin import draft_routes, kv_routes
+from seer_servers.plugin.recomputation import count_recomputation
 
 logger = init_logger("vllm.seer")
 router = APIRouter(prefix="/v1/seer")
@@ -57,6 +58,7 @@ class SeerEndpoints:
                 REGISTRY.register(kv_routes.PoolMetrics(view))
             state.seer_draft_client = draft_routes.draft_client(engine_client.vllm_config)
             REGISTRY.register(draft_routes.DraftMetrics())
+            count_recomputation(engine_client)
 
 
 async def workers_support(client: EngineClient) -> dict[str, Any]:
