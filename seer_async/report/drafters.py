@@ -18,15 +18,16 @@ if TYPE_CHECKING:
     from seer_async.report.elapsed import Elapsed
     from seer_async.report.run import DraftReading, Run
 
-LEAST = 20  # tokens drafted for a group, below which its share says nothing
+LEAST = 20  # tokens drafted for a group or at a position, below which the share says nothing
 
 
 class Drafter(msgspec.Struct, frozen=True, kw_only=True):
     """One engine's drafting. Shares in [0, 1]; `acceptance[i]` is the share accepted of the tokens at position i.
 
-    `tokens_per_step` is what a step brought a request, with a draft or without. What only our own drafter counts is
-    None or empty with others: the drafter's time as `step_ms`, milliseconds a step of the engine, and as `time_share`
-    of the time in which it was watched; its steps, and those that were switched off.
+    It ends where too few tokens were drafted to tell. `tokens_per_step` is what a step brought a request, with a draft
+    or without. What only our own drafter counts is None or empty with others: the drafter's time as `step_ms`,
+    milliseconds a step of the engine, and as `time_share` of the time in which it was watched; its steps, and those
+    that were switched off.
     """
 
     name: str
@@ -94,7 +95,9 @@ def _drafter(name: str, seen: Sequence[tuple[float, DraftReading]]) -> Drafter:
         drafted=gain.drafted,
         accepted=gain.accepted,
         tokens_per_step=gain.generated / max(1, gain.generated - gain.accepted) if gain.generated else 1.0,
-        acceptance=[right / all_ for all_, right in zip(gain.drafted_at, gain.accepted_at, strict=False) if all_],
+        acceptance=[
+            right / all_ for all_, right in zip(gain.drafted_at, gain.accepted_at, strict=False) if all_ >= LEAST
+        ],
         steps=gain.steps if ours else None,
         steps_off=gain.steps_off if ours else None,
         switch_offs=gain.switch_offs if ours else None,
