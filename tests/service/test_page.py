@@ -98,7 +98,7 @@ async def test_it_follows_what_happens(tmp_path: Path, tab: Tab) -> None:
             await tab.until("document.querySelectorAll('#tail .row').length === 8")
             await tab.until("document.querySelector('#throughput path') !== null")
             await tab.until(
-                r"/Accepted by position\s+\d+% \d+% \d+% \d+%/.test(document.getElementById('drafts').innerText)"
+                r"/Accepted by position\s+([\d.]+% ){3}[\d.]+%/.test(document.getElementById('drafts').innerText)"
             )
             engines[0].kill()
             await tab.until("document.querySelector('#engines .pill.bad') !== null")
