@@ -9,7 +9,7 @@ from seer_async.report.words import count, number, share, visible
 if TYPE_CHECKING:
     from seer_async.report.drafts import Drafts
 
-_POSITIONS = 8
+_POSITIONS = ("Accepted: 1st", "2nd", "3rd", "4th", "5th", "6th", "7th", "8th")
 _ENGINES = 50
 _EACH = 5  # groups from either end
 
@@ -18,8 +18,8 @@ Table = tuple[list[str], list[list[str]]]
 
 def drafter_table(drafts: Drafts) -> Table:
     """The engines: what a step brought and took, what was switched off, and acceptance by position."""
-    positions = min(_POSITIONS, max(len(engine.acceptance) for engine in drafts.engines))
-    heads = ["drafting engine", "tokens a step", "drafter, ms a step", "of the time", "steps", "off", "switch-offs"]
+    positions = min(len(_POSITIONS), max(len(engine.acceptance) for engine in drafts.engines))
+    heads = ["Engine", "Tokens a step", "Drafter, ms", "Of the time", "Steps", "Off", "Switch-offs"]
     rows = [
         [
             visible(e.name), number(e.tokens_per_step), number(e.step_ms), share(e.time_share), count(e.steps),
@@ -28,7 +28,7 @@ def drafter_table(drafts: Drafts) -> Table:
         ]
         for e in drafts.engines[:_ENGINES]
     ]  # fmt: skip
-    return [*heads, *(f"accepted at {i + 1}" for i in range(positions))], rows
+    return [*heads, *_POSITIONS[:positions]], rows
 
 
 def draft_group_table(drafts: Drafts) -> Table:
@@ -36,5 +36,5 @@ def draft_group_table(drafts: Drafts) -> Table:
     groups = drafts.groups
     shown = groups if len(groups) <= 2 * _EACH else [*groups[:_EACH], *groups[-_EACH:]]
     rows = [[visible(g.id), share(g.share), number(g.length), count(g.drafted), count(g.accepted)] for g in shown]
-    name = "drafted group" if len(shown) == len(groups) else f"best and worst of {len(groups):,} groups"
-    return [name, "share accepted", "tokens a draft", "drafted", "accepted"], rows
+    name = "Group" if len(shown) == len(groups) else f"Best and worst of {len(groups):,} groups"
+    return [name, "Share accepted", "Tokens a draft", "Drafted", "Accepted"], rows

@@ -92,7 +92,7 @@ def test_drafting_is_told_in_every_format(
     page, text = html_page([report]), markdown_page([report])
     check_page(page)
     assert "| a | 1.33 | 1.00 | 5.0% | 150 | 10% | 3 | 75% | 50% | 25% | 0% |" in text
-    for words in ("accepted at 4", "best and worst of 20 groups", "group-00", "group-19"):
+    for words in ("Accepted: 1st", "4th", "Best and worst of 20 groups", "group-00", "group-19"):
         assert words in page
         assert words in text
     assert "group-10" not in page + text
