@@ -6,8 +6,9 @@ cut off at its limit, says that its length is at least what it has generated; on
 So the short responses, which end first, do not make the others look short.
 
 The three numbers that describe a run (`Shape`) are those under which what its groups have shown is most likely, held to
-`PRIOR` while little is known. Invariants: all lengths are in tokens; no length is above its limit; the same evidence
-gives the same belief.
+`PRIOR` while little is known. They are looked for on a grid below the limit, which grows with it. Invariants: all
+lengths are in tokens; no length is above its limit; the same evidence gives the same belief; a higher limit takes away
+nothing that was learned.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Shape(NamedTuple):
 
 PRIOR = Shape(-1.7, 1.0, 0.25)
 _FIRMNESS = Shape(1.0, 0.7, 0.7)  # standard deviations of the prior: of the centre, and of the others' logarithms
-_CENTRES = np.arange(-3.5, 0.26, 0.25)
+_DEEPER = 1.5  # by which grids grow: a multiple of the steps of all of them
 _WIDTHS = (0.3, 0.5, 0.75, 1.0, 1.4)
 _SPREADS = (0.1, 0.15, 0.2, 0.25, 0.35, 0.5, 0.7, 1.0)
 
@@ -54,21 +55,36 @@ class Belief:
     """Lengths under a limit."""
 
     def __init__(self, limit: int) -> None:
-        top = math.log(limit)
-        self.limit = limit
-        self.shape = PRIOR
-        self._top = top
-        self._means = np.linspace(top - 5, top + 1, 41)
-        self._logs = np.linspace(top - 6, top + 2, 81)
-        self._lengths = np.minimum(np.exp(self._logs), limit)
+        self._taught = False
+        self._lay(limit, 0)
         self._take(PRIOR)
+
+    def extend(self, limit: int) -> None:
+        """Lengths may be up to this limit, a higher one, from now on; what was learned stays."""
+        if not self._taught:
+            self._lay(limit, 0)
+            self._take(PRIOR)
+            return
+        top, lowest = self._top, max(0.0, self._means[0])  # no mean is below one token
+        self._lay(limit, max(0, math.ceil((math.log(limit) - 5 - lowest) / _DEEPER)))
+        self._take(self.shape._replace(centre=self.shape.centre + top - self._top))
+
+    def _lay(self, limit: int, deeper: int) -> None:
+        """Lay the grids below a limit, some steps of `_DEEPER` deeper than is usual."""
+        top, low = math.log(limit), _DEEPER * deeper
+        self.limit = limit
+        self._top = top
+        self._means = np.linspace(top - 5 - low, top + 1, 41 + 10 * deeper)
+        self._logs = np.linspace(top - 6 - low, top + 2, 81 + 15 * deeper)
+        self._centres = np.arange(-3.5 - low, 0.26, 0.25)
+        self._lengths = np.minimum(np.exp(self._logs), limit)
 
     def learn(self, groups: Sequence[Evidence]) -> None:
         """Fit the shape to all that is known; costs some ten milliseconds for 128 groups."""
         owners = np.array([i for i, group in enumerate(groups) for _ in itertools.chain(*group)])
         values = np.log([value for group in groups for value in itertools.chain(*group)])
         ended = np.array([kind for group in groups for kind in [True] * len(group.ended) + [False] * len(group.going)])
-        candidates = [(centre, width) for centre in _CENTRES for width in _WIDTHS]
+        candidates = [(centre, width) for centre in self._centres for width in _WIDTHS]
         priors = np.exp(np.array([_normal(self._means - self._top - centre, width) for centre, width in candidates]).T)
         priors /= priors.sum(axis=0)
         best: tuple[float, Shape] | None = None
@@ -83,6 +99,7 @@ class Belief:
                 if best is None or score > best[0]:
                     best = score, shape
         assert best is not None
+        self._taught = True
         self._take(best[1])
 
     def chances(self, group: Evidence) -> Floats:

@@ -17,14 +17,18 @@ if TYPE_CHECKING:
     from seer_async.request import Group, Request
 
 
+_TAIL = 0.1  # the last tenth of the requests
+
+
 class RequestBuffer:
-    """Requests by id, and how many are in each state."""
+    """Requests by id, and how many are in each state. `closed` when no more groups will come."""
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
         self.requests: dict[str, Request] = {}
         self.groups: dict[str, Group] = {}
         self.counts: dict[State, int] = dict.fromkeys(State, 0)
+        self.closed = False
         self._parked: dict[str, Request] = {}
 
     def add(self, group: Group, requests: Sequence[Request]) -> None:
@@ -101,6 +105,11 @@ class RequestBuffer:
     def open(self) -> int:
         """Requests that have not ended."""
         return self.total - self.ended
+
+    @property
+    def in_tail(self) -> bool:
+        """Whether only few of all requests that will ever be are still open."""
+        return self.closed and self.open <= _TAIL * self.total
 
     def unfinished(self) -> list[Request]:
         """Requests still to be finished, in dataset order."""

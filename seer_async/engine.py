@@ -16,9 +16,11 @@ import msgspec
 from seer_async.errors import EngineError, FailureKind
 from seer_async.telemetry import Metrics
 from seer_async.types import EngineInfo, EngineStats
-from seer_async.wire import CallSpec, dialect_for
+from seer_async.wire import DIALECTS, CallSpec, dialect_for, engine_names
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from seer_async.types import ChunkReply, Prompt
 
 _PAGE_LIMIT = 16 << 20  # a tokenizer.json is the largest control answer
@@ -140,6 +142,13 @@ class EngineClient:
     async def control(self, method: str, path: str, body: bytes | None = None, *, timeout_s: float) -> bytes:
         """The answer to a control call; `path` includes the query."""
         return await self._request(method, path, body, timeout_s)
+
+    async def hand_back(self, request_ids: Iterable[str], *, timeout_s: float) -> None:
+        """Have calls that are in flight, by their specs' ids, answered with what has been sampled so far."""
+        assert self.info is not None
+        path = DIALECTS[self.info.dialect].abort_path
+        names = [name for request_id in request_ids for name in engine_names(request_id)]
+        await self._request("POST", path, msgspec.json.encode({"request_ids": names}), timeout_s)
 
     async def pool_counters(self, *, timeout_s: float) -> dict[str, int]:
         """The numbers of the engine's KV pool (see GET /v1/seer/kv/stats); blocks, bytes, tokens, nanoseconds."""

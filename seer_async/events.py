@@ -39,6 +39,15 @@ class RequestsCancelled(msgspec.Struct, frozen=True, kw_only=True):
     requests: tuple[str, ...]
 
 
+class HandBackRequested(msgspec.Struct, frozen=True, kw_only=True):
+    """These requests end with what they have, and with what their calls in flight have sampled.
+
+    Engines are told to hand that back; one that does not is dealt with by a later `RequestsCancelled`.
+    """
+
+    requests: tuple[str, ...]
+
+
 class InputClosed(msgspec.Struct, frozen=True, kw_only=True):
     """No more groups will come: the run is done when all requests are."""
 
@@ -144,6 +153,7 @@ class AbortRequested(msgspec.Struct, frozen=True, kw_only=True):
 Event = (
     GroupAdded
     | RequestsCancelled
+    | HandBackRequested
     | InputClosed
     | Restored
     | ChunkFinished
@@ -195,6 +205,13 @@ class Cancel(msgspec.Struct, frozen=True, kw_only=True):
     engine: str
 
 
+class HandBack(msgspec.Struct, frozen=True, kw_only=True):
+    """Tell an engine to end these calls at once, and to answer them with what it has sampled."""
+
+    engine: str
+    calls: tuple[int, ...]
+
+
 class Record(msgspec.Struct, frozen=True, kw_only=True):
     """Must be in the journal before any later command is executed: one accepted chunk, or a restart (`chunk` None)."""
 
@@ -226,4 +243,4 @@ class Stop(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
 
 
-Command = Dispatch | Cancel | Record | Emit | Wake | Stop
+Command = Dispatch | Cancel | HandBack | Record | Emit | Wake | Stop

@@ -156,8 +156,9 @@ class Instance:
             self._steps += self._pace * (now - self._ticked)
         self._ticked = now
 
-    def paced(self, tokens: int, seconds: float) -> None:
-        """A call was answered: so many tokens in so many seconds, all its waiting included."""
+    def sampled(self, tokens: int, seconds: float) -> None:
+        """A call has brought so many tokens in so many seconds, all its waiting included."""
+        self.generated += tokens
         if tokens >= _LEAST_PACED and seconds > 0:
             pace = tokens / seconds
             self._pace = pace if self._pace is None else self._pace + _PACE_WEIGHT * (pace - self._pace)
@@ -167,26 +168,26 @@ class Instance:
         sharers = self._sharers.get((request.group.id, self.version))
         return self.blocks(tokens) - (sharers.blocks if sharers else 0)
 
-    def has_room(self, request: Request, tokens: int) -> bool:
-        """Whether a chunk that ends with a sequence of at most `tokens` may be admitted now.
+    def room_for(self, request: Request, tokens: int) -> int | None:
+        """What a chunk that ends with a sequence of at most `tokens` needs, if it may be admitted now; else None.
 
         An engine without calls of ours takes any one that fits it at all, whatever its telemetry says: with nothing in
         flight there is nothing to wait for.
         """
         calls = len(self.in_flight)
         if not calls:
-            return self.could_hold(tokens)
+            return self.need(request, tokens) if self.could_hold(tokens) else None
         if calls >= self._seats or self.half_open:
-            return False
+            return None
         least = (tokens - request.group.prompt_len) / self.block_size  # if it shares all of the prompt
         if least > self.capacity - self.reserved and least >= self._refused:
-            return False  # said early, because most engines are full
+            return None  # said early, because most engines are full
         need = self.need(request, tokens)
         if need <= self.free:
-            return True
+            return need
         if need < self._refused and not self._room_in_time(need, tokens - request.length):
             self._refused = need
-        return need < self._refused
+        return need if need < self._refused else None
 
     def _room_in_time(self, need: int, steps: int) -> bool:
         """Whether `need` more blocks, the last of them in so many steps, are free by the time they are needed."""

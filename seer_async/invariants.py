@@ -56,6 +56,9 @@ def _check_request(core: Core, request: Request) -> None:
     assert (request.call is not None) == (request.state is State.RUNNING), (
         f"{request.id} holds a call while not running"
     )
+    assert not request.closing or request.state is State.RUNNING or request.state in TERMINAL, (
+        f"{request.id} was to end with its call"
+    )
     assert [chunk.n for chunk in request.chunks] == list(range(len(request.chunks))), f"{request.id} skips a chunk"
     versions = {chunk.weight_version for chunk in request.chunks}
     assert len(versions) <= 1 or request.mixed, f"{request.id} mixes versions {versions} unmarked"

@@ -37,9 +37,10 @@ def most_room(
             and instance.reserved * instance.block_size + least >= best_load * instance.room
         ):
             continue  # fuller than the best already; said early, because fleets are large
-        if not instance.has_room(request, tokens):
+        need = instance.room_for(request, tokens)
+        if need is None:
             continue
-        load = (instance.reserved + instance.need(request, tokens)) / max(1, instance.capacity)
+        load = (instance.reserved + need) / max(1, instance.capacity)
         if instance.name == last:
             home, home_load = instance, load
         if best is None or load < best_load:

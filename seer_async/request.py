@@ -57,8 +57,8 @@ class Request:
     """One response being generated.
 
     `forced_length`, when set, is the length at which the response is ended whatever the model says; it is hidden from
-    every policy but the oracle, which reads lengths from its own table. `submitted` and the other times are seconds
-    on the run's clock.
+    every policy but the oracle, which reads lengths from its own table. While `closing`, it is to end with its call in
+    flight, whatever that brings. `submitted` and the other times are seconds on the run's clock.
     """
 
     __slots__ = (
@@ -66,6 +66,7 @@ class Request:
         "avoid",
         "call",
         "chunks",
+        "closing",
         "error",
         "failures",
         "finish_reason",
@@ -107,6 +108,7 @@ class Request:
         self.stop_reason: int | str | None = None
         self.error: str | None = None
         self.mixed = False
+        self.closing = False
         self.avoid: str | None = None
         self.rejected_by: set[str] = set()
         self._clear()

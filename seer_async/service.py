@@ -24,6 +24,7 @@ from seer_async.events import (
     AdapterChanged,
     EngineHeld,
     GroupAdded,
+    HandBackRequested,
     Paused,
     RequestsCancelled,
     Resumed,
@@ -304,22 +305,35 @@ class Service:
 
     async def end(self, grace_s: float) -> None:
         """End what is open as it is, with all tokens that paused engines hand back within `grace_s` seconds."""
-        wanted = self._open()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(grace_s):
-                while any(call.request.id in wanted for call in self.core.calls.values()):  # noqa: ASYNC110 - a second
-                    await asyncio.sleep(_LOOK_S)
-        self.abort(wanted)
+        await self._end(self._open(), grace_s)
 
-    def abort(self, requests: Iterable[str] | None = None) -> int:
-        """End these requests, or all, as they are: without the tokens of a call in flight; returns how many."""
+    async def abort(self, requests: Iterable[str] | None, grace_s: float) -> int:
+        """End these requests, or all, as they are; returns how many.
+
+        They have what their calls in flight have sampled, as far as engines hand it back within `grace_s` seconds.
+        """
         opened, held = self._open(), self._held_prompts.keys() - set(self._unwanted)
         wanted = (opened | held) if requests is None else (opened | held).intersection(requests)
-        self._shell.post(RequestsCancelled(requests=tuple(wanted & opened)))
         for request in wanted & held:
             self._desk.emit(_ended(request, "abort", prompt=self._held_prompts[request]))
             self._unwanted.append(request)
+        self._shell.post(HandBackRequested(requests=tuple(wanted & opened)))
+        await self._end(wanted & opened, grace_s)
         return len(wanted)
+
+    async def _end(self, requests: set[str], grace_s: float) -> None:
+        """End requests when none of them is in flight any more, or the time is over."""
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(grace_s):
+                    while any(map(self._in_flight, requests)):  # noqa: ASYNC110 - a second
+                        await asyncio.sleep(_LOOK_S)
+        finally:
+            self._shell.post(RequestsCancelled(requests=tuple(requests)))
+
+    def _in_flight(self, name: str) -> bool:
+        request = self.core.buffer.requests.get(name)
+        return request is not None and request.call is not None
 
     def _open(self) -> set[str]:
         return {request.id for request in self.core.buffer.unfinished()}
@@ -345,7 +359,7 @@ class Service:
     @property
     def has_weights(self) -> bool:
         """Whether there are weights to sample from."""
-        return self._lost_weights is None or self.core.version != self._lost_weights
+        return self._lost_weights is None or self.core.versions.current != self._lost_weights
 
     def change_adapter(self, name: str) -> None:
         """A LoRA adapter is about to be replaced; the service must be paused."""

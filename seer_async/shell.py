@@ -26,7 +26,9 @@ from seer_async.events import (
     EngineReport,
     EngineUp,
     Event,
+    HandBack,
     Record,
+    RequestsCancelled,
     Stop,
     Wake,
     Woke,
@@ -36,7 +38,7 @@ from seer_async.snapshot import Snapshot, take_snapshot
 from seer_async.wire import CallSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from seer_async.core import Core
     from seer_async.engine import EngineClient
@@ -129,6 +131,7 @@ class Shell:
         self._watch_s = watch_s
         self._config = core.config
         self._calls: dict[int, asyncio.Task[None]] = {}
+        self._errands: set[asyncio.Task[None]] = set()  # to engines, beside calls
         self._suspects: dict[str, asyncio.Event] = {name: asyncio.Event() for name in clients}
         self._stopped: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._alarm: asyncio.TimerHandle | None = None
@@ -149,7 +152,7 @@ class Shell:
                 self._begin_monitor(self._tasks, name)
             tasks = [self._tasks.create_task(self._report()), self._tasks.create_task(self._measure())]
             await asyncio.wait([self._stopped])
-            await _ended([*tasks, *self._monitors.values(), *self._calls.values()])
+            await _ended([*tasks, *self._monitors.values(), *self._calls.values(), *self._errands])
         if self._alarm:
             self._alarm.cancel()
         self._report_once()
@@ -216,6 +219,8 @@ class Shell:
                 self._sink.emit(command.sample)
             case Cancel():
                 self._cancel(command, now)
+            case HandBack():
+                self._hand_back(command)
             case Wake():
                 self._wake_at(command.at, now)
             case Stop():
@@ -233,6 +238,12 @@ class Shell:
         if self._tracer:
             self._tracer.cancelled(cancel.call, now)
 
+    def _hand_back(self, command: HandBack) -> None:
+        assert self._tasks is not None
+        task = self._tasks.create_task(self._ask_back(self._clients[command.engine], command.calls))
+        self._errands.add(task)
+        task.add_done_callback(self._errands.discard)
+
     def _wake_at(self, at: float, now: float) -> None:
         if self._alarm:
             self._alarm.cancel()
@@ -245,7 +256,7 @@ class Shell:
         info = client.info
         assert info is not None, "calls go to attached engines only"
         spec = CallSpec(
-            request_id=f"{self._core.run}-{self._sink.life}-{dispatch.call}",
+            request_id=self._name(dispatch.call),
             model=dispatch.model or info.model,
             prefix=dispatch.prefix,
             params=dispatch.params,
@@ -271,6 +282,17 @@ class Shell:
                 finish_reason=reply.finish_reason,
             )
         self.post(ChunkFinished(call=dispatch.call, reply=reply))
+
+    def _name(self, call: int) -> str:
+        """What engines are told that a call is called."""
+        return f"{self._core.run}-{self._sink.life}-{call}"
+
+    async def _ask_back(self, client: EngineClient, calls: Sequence[int]) -> None:
+        try:
+            await client.hand_back(map(self._name, calls), timeout_s=self._config.engine.probe_timeout_s)
+        except EngineError:  # it cannot, so there is nothing to wait for
+            still = [self._core.calls[call] for call in calls if call in self._core.calls]
+            self.post(RequestsCancelled(requests=tuple(call.request.id for call in still)))
 
     def _failed(self, dispatch: Dispatch, error: EngineError) -> None:
         if error.kind is FailureKind.CONNECTION and dispatch.engine in self._suspects:

@@ -57,6 +57,7 @@ class Dialect(Protocol):
 
     name: str
     path: str
+    abort_path: str
 
     def encode(self, spec: CallSpec) -> bytes:
         """The body of the call."""
@@ -125,6 +126,7 @@ class Generate:
 
     name = "generate"
     path = "/inference/v1/generate"
+    abort_path = "/inference/v1/abort_requests"
 
     def __init__(self) -> None:
         self._encoder = msgspec.json.Encoder()
@@ -197,6 +199,7 @@ class Completions:
 
     name = "completions"
     path = "/v1/completions"
+    abort_path = "/abort_requests"  # of a server in development mode
 
     def __init__(self) -> None:
         self._encoder = msgspec.json.Encoder()
@@ -258,6 +261,11 @@ def dialect_for(spec: CallSpec, info: EngineInfo) -> Dialect:
     """
     at_the_limit = 0 < spec.params["logprobs"] >= info.max_logprobs
     return DIALECTS["completions" if at_the_limit else info.dialect]
+
+
+def engine_names(request_id: str) -> tuple[str, str]:
+    """What an engine may call a request, by the endpoint at which it came; names that it does not know do no harm."""
+    return f"generate-tokens-{request_id}", f"cmpl-{request_id}-0"
 
 
 def _decode(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:

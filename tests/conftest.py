@@ -1,26 +1,21 @@
-"""What tests share: one fleet of two real engines, started once for all tests marked `vllm`."""
+"""What tests share: their order over the processes, and how many threads they compute with."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import signal
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import msgspec
 import pytest
-from anyio.from_thread import start_blocking_portal
 from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadScopeScheduling
 
-from seer_servers.fleet import EngineSpec, LocalFleet
-from seer_servers.kvpool.shm.pool import ShmPool
-from seer_servers.model import ensure_default_model
+# Threads of one computation wait, spinning, for the slowest: on cores that others use, two are several times slower
+# than one. Torch in the tests themselves follows this; a lone engine, which gets all cores, must be told.
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+os.environ |= ONE_THREAD
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-POOL_BYTES = 1 << 30
 START_AND_TEST_S = 600  # two engines and the tests share what may be two busy cores
 OF_THE_FLEET = tuple(  # also what starts an engine of its own: not while the two of the fleet are at work
     f"tests/vllm/test_{of}.py"
@@ -28,9 +23,9 @@ OF_THE_FLEET = tuple(  # also what starts an engine of its own: not while the tw
 )
 LONG = (
     OF_THE_FLEET,
-    "tests/vllm/test_adapters.py",
     "tests/vllm/test_mooncake.py",
     "tests/live/",
+    "tests/test_mooncake.py",
     "tests/test_fleet",
 )  # begun first, in this order, so that none is alone at the end
 
@@ -75,18 +70,3 @@ def vllm_installed() -> None:
     if os.environ.get("SEER_ALLOW_NO_VLLM") == "1":
         pytest.skip("NO REAL ENGINE WAS TESTED: vLLM is not installed and SEER_ALLOW_NO_VLLM=1 allows that")
     pytest.fail("vLLM is not installed: run `make setup`, or set SEER_ALLOW_NO_VLLM=1 to test without engines")
-
-
-@pytest.fixture(scope="session")
-def vllm_fleet(vllm_installed: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFleet]:
-    """Two real engines that share a KV pool, the first with drafts from siblings: `.urls`, `.engines`, `.pool`.
-
-    In float32 chunked and continuous greedy runs agree bit for bit, with drafts and without. The fleet lives on an
-    event loop of its own, in a thread, so that it outlives each test's loop.
-    """
-    plain = EngineSpec(model=str(ensure_default_model()), dtype="float32", max_model_len=2048)
-    drafting = msgspec.structs.replace(plain, draft="grouped")
-    folder = tmp_path_factory.mktemp("fleet")
-    fleet = LocalFleet([drafting, plain], 2, folder, pool=ShmPool(folder, POOL_BYTES))
-    with start_blocking_portal() as portal, portal.wrap_async_context_manager(fleet):
-        yield fleet

@@ -422,7 +422,10 @@ import asyncio, sys
 from pathlib import Path
 from seer_servers.fleet import EngineSpec, LocalFleet
 async def main():
-    spec = EngineSpec(model=sys.argv[1], max_model_len=512, max_num_seqs=4, num_blocks=64, kv_cache_gib=0.5)
+    spec = EngineSpec(
+        model=sys.argv[1], max_model_len=512, max_num_seqs=4, num_blocks=64, kv_cache_gib=0.5,
+        extra_env={"OMP_NUM_THREADS": "1"},
+    )
     async with LocalFleet(spec, 1, Path(sys.argv[2])) as fleet:
         print(fleet.engines[0].process.pid, fleet.urls[0], flush=True)
         await asyncio.sleep(600)

@@ -123,9 +123,9 @@ def test_whole_run_keeps_to_the_format(path: Path, trace: TraceWriter) -> None:
     events = read(path)
     check(events)
     good = [x for x in of(events, "X") if x["args"]["outcome"] == "ok"]
-    assert sum(x["args"]["tokens"] for x in good) == run.core.tokens
+    assert sum(x["args"]["tokens"] for x in good) == run.core.responses.tokens
     assert len({x["name"] for x in good}) == 12 * 8
-    assert len(of(events, "s")) >= run.core.migrations > 0
+    assert len(of(events, "s")) >= run.core.responses.migrations > 0
     assert {"server", "cancelled", "up", "down"} <= {i["name"] for i in of(events, "i")}
     assert max(slot(x) for x in good) <= 16, "no more threads than slots"
     for name in {x["name"] for x in good}:  # chunks of a response are counted from 0, in the order of their prefixes

@@ -3,7 +3,7 @@
 A trial times short blocks of steps, without drafting and with, in pairs; drafting goes on after it if it won by
 `MARGIN` in three pairs of four. Pairs, and the turn of who begins, keep out what changes meanwhile: contexts grow,
 machines are shared. The measure is the time that one request waits for one token: a block's time, over the tokens it
-gave each request. A trial in which drafting loses beyond doubt ends in the middle of its first block.
+gave each request. A trial in which drafting loses, or wins by `CLEAR`, beyond doubt ends in the middle of a block.
 
 What the losing side of a trial loses is paid from a purse that all batch sizes share, and that each step fills by
 `COST` of itself: a batch size that is met for the first time is tried when there is something to spend, and little is
@@ -19,7 +19,7 @@ is capped (at what `LONGEST` steps earn).
 
 from __future__ import annotations
 
-from math import hypot, sqrt
+from math import hypot, inf, sqrt
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -29,9 +29,10 @@ if TYPE_CHECKING:
 SETTLE = 4  # steps under way when sides change, and the first of the new side
 COUNTED = 20  # steps of a block whose time is taken
 COUNTED_TOKENS = 60  # or more with drafts: what they bring to few requests varies
-LOOK = 6  # steps after which a block with drafts may be given up: it has then lost,
-LUCK = 12  # even if so many tokens more had been right,
+LOOK = 6  # steps of a block after which a trial may be over: drafting has then won or lost,
+LUCK = 12  # even if so many tokens less or more had been right,
 ERRORS = 3.0  # by so many standard errors
+CLEAR = 1.15  # and won by this factor at least: what disturbs a machine for a few steps is no win
 WINS, LOSSES = 3, 2  # pairs that end a trial
 MARGIN = 1.02
 COST = 0.005
@@ -84,7 +85,8 @@ class _Block:
 
     def rate_with(self, luck: float) -> float:
         """Seconds a token, if each request had got `luck` tokens more."""
-        return self._wait / (self.tokens + luck)
+        tokens = self.tokens + luck
+        return self._wait / tokens if tokens > 0 else inf
 
     @property
     def error(self) -> float:
@@ -145,11 +147,8 @@ class Duel:
                 self._try()
         elif self._block.steps >= (self._drafts_counted if self.drafting else COUNTED):
             self._ended()
-        elif self.drafting and self._block.steps >= LOOK and self._is_lost:
-            self._gains.append(self._gain(self._block))
-            self._tried[True] += SETTLE + self._block.steps
-            self._brought = self._block.tokens / self._block.steps
-            self._settle_for(drafting=False)
+        elif self._block.steps >= LOOK and (verdict := self._verdict()) is not None:
+            self._stop(drafting=verdict)
 
     @property
     def _is_due(self) -> bool:
@@ -167,17 +166,24 @@ class Duel:
     def _pays_no_more(self) -> bool:
         return self.drafting and self._block.steps >= self._drafts_counted and self._recent < self._needed
 
-    @property
-    def _is_lost(self) -> bool:
-        """Whether the block with drafts, which is not over yet, can only lose."""
-        if self._off is None:
+    def _verdict(self) -> bool | None:
+        """Whether drafting has won, beyond doubt, in a block that is not over yet; None while it may go either way."""
+        drafted, off = (self._block, self._off) if self.drafting else (self._pair.get(True), self._block)
+        if drafted is None or off is None:
+            return None
+        doubt = ERRORS * hypot(drafted.error, off.error)
+        if drafted.rate_with(self._luck) - off.rate > doubt:
             return False
-        loss = self._block.rate_with(self._luck) - self._off.rate
-        return loss > ERRORS * hypot(self._block.error, self._off.error)
+        return True if off.rate / CLEAR - drafted.rate_with(-self._luck) > doubt else None
 
-    def _gain(self, drafted: _Block) -> float:
-        assert self._off is not None
-        return self._off.rate / drafted.rate
+    def _stop(self, *, drafting: bool) -> None:
+        """The trial is over before its block is."""
+        drafted, off = (self._block, self._off) if self.drafting else (self._pair[True], self._block)
+        assert off is not None
+        self._gains.append(off.rate / drafted.rate)
+        self._tried[self.drafting] += SETTLE + self._block.steps
+        self._brought = drafted.tokens / drafted.steps
+        self._settle_for(drafting=drafting)
 
     def _try(self) -> None:
         self._resting = self._untried = False
@@ -196,7 +202,7 @@ class Duel:
         if len(self._pair) == 1:
             self.drafting = not self.drafting
         else:  # the next pair begins with the side that is on
-            self._gains.append(self._gain(self._pair.pop(True)))
+            self._gains.append(self._pair[False].rate / self._pair[True].rate)
             self._pair = {}
             wins = sum(gain >= MARGIN for gain in self._gains)
             if wins >= WINS or len(self._gains) - wins >= LOSSES:

@@ -51,7 +51,7 @@ class Foresight(Policy):
 
     def wait(self, request: Request) -> None:
         if request.group.limit > self.belief.limit:
-            self.belief = Belief(request.group.limit)
+            self.belief.extend(request.group.limit)
         if self.is_probe(request) and not request.generated:
             self._probes.push(0, request)
         else:

@@ -86,9 +86,8 @@ class Simulation:
                 "engine": {"max_in_flight": 10**6},  # an engine's own limit holds
             }
         )
-        core = Core(config, list(self.engines), run="simulation", seed=setup.seed, lengths=self._true)
-        core.context = core.policy.context = find_estimate(setup.estimate)
-        return core
+        estimate = find_estimate(setup.estimate)
+        return Core(config, list(self.engines), run="simulation", seed=setup.seed, lengths=self._true, context=estimate)
 
     def run(self) -> Figures:
         """Simulate it from the first call to the last sample."""
@@ -234,7 +233,7 @@ class Simulation:
             idle=1 - sum(engine.busy_s for engine in engines) / (total * len(engines)),
             batch=sum(engine.generated for engine in engines) / max(1.0, sum(engine.steps for engine in engines)),
             preemptions=sum(engine.preemptions for engine in engines),
-            migrations=self.core.migrations,
+            migrations=self.core.responses.migrations,
             again=sum(engine.again for engine in engines),
             loaded=self.loaded,
             requests=len(self.finished),

@@ -109,6 +109,32 @@ def test_a_run_in_which_siblings_differ_is_less_sure_of_them() -> None:
     assert left[0] < 0.7 * left[1]
 
 
+def test_a_higher_limit_takes_away_nothing_that_was_learned() -> None:
+    it = hand().groups(*(f"g{number}" for number in range(12)), n=2, limit=LIMIT).up(seqs=25)
+    for number in range(12):
+        it.answer(f"g{number}/0", 30 + number, finish="stop")
+        it.answer(f"g{number}/1", 30 + number, finish="stop")
+    it.groups("before", limit=LIMIT)
+    expected = left(it, "before", 0)
+    assert expected < 0.5 * LIMIT
+    it.groups("after", limit=60 * LIMIT)
+    assert left(it, "before", 0) == pytest.approx(expected, rel=0.05)
+    assert left(it, "after", 0) < 2 * LIMIT
+
+
+def test_a_higher_limit_leaves_room_to_learn_what_is_far_below_it() -> None:
+    seen = [Evidence((base, base + 1, base + 2), ()) for base in range(20, 60)]
+    lower, higher = Belief(100), Belief(100)
+    lower.learn(seen)
+    higher.learn(seen)
+    for limit in (1000, 100_000):
+        higher.extend(limit)
+        higher.learn(seen)
+    likely = [belief.remainders(Evidence((), ()), [0], 100, POWER)[0] for belief in (lower, higher)]
+    assert likely[1] == pytest.approx(likely[0], rel=0.1)
+    assert (higher.shape.width, higher.shape.spread) == (lower.shape.width, lower.shape.spread)
+
+
 def test_a_run_teaches_the_policy_and_forgotten_groups_go_on_teaching() -> None:
     it = hand().groups(*(f"g{number}" for number in range(12)), n=2, limit=LIMIT).up(seqs=24)
     policy = it.core.policy

@@ -6,14 +6,20 @@ from typing import Any
 import msgspec
 import pytest
 
-import seer_async.core as core_module
+import seer_async.calls as calls_module
+import seer_async.ending as ending_module
+import seer_async.responses as responses_module
 import seer_async.sampling as sampling_module
 from seer_async.buffer import RequestBuffer
+from seer_async.calls import Calls
 from seer_async.core import Core
 from seer_async.errors import FailureKind
 from seer_async.events import Cancel, Record
 from seer_async.instance import Instance
 from seer_async.request import Request
+from seer_async.responses import Responses
+from seer_async.scheduler import Scheduler
+from seer_async.versions import Versions
 
 from .scenario import Scenario
 
@@ -52,10 +58,10 @@ def after(patch: pytest.MonkeyPatch, owner: Any, name: str, extra: Callable[...,
 @plant
 def late_reply_accepted(patch: pytest.MonkeyPatch) -> None:
     """The fence of calls is gone: a reply to a call that was given up is taken for the request's latest."""
-    close = Core._close
+    close = Calls.close
     ever: dict[tuple[int, int], Any] = {}
 
-    def mutant(self: Core, call_id: int) -> Any:
+    def mutant(self: Calls, call_id: int) -> Any:
         call = close(self, call_id)
         if call is not None:
             ever[id(self), call_id] = call
@@ -66,7 +72,7 @@ def late_reply_accepted(patch: pytest.MonkeyPatch) -> None:
             call.generated, call.n = call.request.generated, len(call.request.chunks)
         return call
 
-    patch.setattr(Core, "_close", mutant)
+    patch.setattr(Calls, "close", mutant)
 
 
 @plant
@@ -82,7 +88,7 @@ def epoch_not_counted(patch: pytest.MonkeyPatch) -> None:
 @plant
 def lost_call_not_cancelled(patch: pytest.MonkeyPatch) -> None:
     def extra(self: Core, name: str, reason: str) -> None:
-        self._out[:] = [command for command in self._out if not isinstance(command, Cancel)]
+        self._turn.commands = [command for command in self._turn.commands if not isinstance(command, Cancel)]
 
     after(patch, Core, "_engine_down", extra)
 
@@ -90,15 +96,15 @@ def lost_call_not_cancelled(patch: pytest.MonkeyPatch) -> None:
 @plant
 def dispatched_twice(patch: pytest.MonkeyPatch) -> None:
     """A request that comes back after a failure is queued twice."""
-    dispatch = Core._dispatch
+    send = Calls.send
 
-    def mutant(self: Core, request: Request, instance: Instance, tokens: int) -> None:
+    def mutant(self: Calls, request: Request, instance: Instance, **size: int) -> None:
         again = request.failures > 0
-        dispatch(self, request, instance, tokens)
+        send(self, request, instance, **size)
         if again:
-            dispatch(self, request, instance, tokens)
+            send(self, request, instance, **size)
 
-    patch.setattr(Core, "_dispatch", mutant)
+    patch.setattr(Calls, "send", mutant)
 
 
 @plant
@@ -127,18 +133,20 @@ def room_leaks_with_a_lost_engine(patch: pytest.MonkeyPatch) -> None:
 
 @plant
 def room_leaks_on_cancel(patch: pytest.MonkeyPatch) -> None:
-    def mutant(self: Core) -> None:
-        for call in list(self.calls.values()):
-            self._out.append(Cancel(call=call.id, engine=call.instance.name))
-            del self.calls[call.id]
-            self._put_back(call.request)
+    def mutant(self: Calls, call_id: int) -> Request:
+        call = self._calls.pop(call_id)
+        self._turn.say(Cancel(call=call.id, engine=call.instance.name))
+        return call.request
 
-    patch.setattr(Core, "_cancel_all", mutant)
+    patch.setattr(Calls, "drop", mutant)
 
 
 @plant
 def kv_room_ignored(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Instance, "has_room", lambda self, request, tokens: len(self.in_flight) < self.slots)
+    def mutant(self: Instance, request: Request, tokens: int) -> int | None:
+        return self.need(request, tokens) if len(self.in_flight) < self.slots else None
+
+    patch.setattr(Instance, "room_for", mutant)
 
 
 @plant
@@ -178,7 +186,7 @@ def shared_prompt_never_given_back(patch: pytest.MonkeyPatch) -> None:
 def rejection_blamed_on_the_engine(patch: pytest.MonkeyPatch) -> None:
     def extra(self: Core, event: Any) -> None:
         if event.kind is FailureKind.REJECTED and (call := self.calls.get(event.call)):
-            call.instance.failed("4xx", self._now)
+            call.instance.failed("4xx", self._turn.now)
 
     before(patch, Core, "_chunk_failed", extra)
 
@@ -252,38 +260,41 @@ def restart_keeps_logprobs(patch: pytest.MonkeyPatch) -> None:
 
 @plant
 def limit_ignored(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Core, "_chunk_bound", lambda self, request: self.config.rollout.chunk_size or request.group.limit)
+    def mutant(self: Scheduler, request: Request) -> int:
+        return request.group.options.chunk_size or request.group.limit
+
+    patch.setattr(Scheduler, "_chunk_bound", mutant)
 
 
 @plant
 def stop_string_cut_off_by_one(patch: pytest.MonkeyPatch) -> None:
-    truncated = core_module._truncated
-    patch.setattr(core_module, "_truncated", lambda reply, tokens: truncated(reply, tokens - 1))
+    truncated = ending_module._truncated
+    patch.setattr(ending_module, "_truncated", lambda reply, tokens: truncated(reply, tokens - 1))
 
 
 @plant
 def stop_string_of_the_engine_believed(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(core_module, "_ended_by_token", lambda reply: reply.finish_reason == "stop")
+    patch.setattr(ending_module, "_ended_by_token", lambda reply: reply.finish_reason == "stop")
 
 
 @plant
 def end_of_chunk_ends_the_response(patch: pytest.MonkeyPatch) -> None:
-    ending = Core._ending
+    ending = responses_module.ending
 
-    def mutant(self: Core, request: Request, reply: Any) -> Any:
-        return ("length", None) if reply.finish_reason == "length" else ending(self, request, reply)
+    def mutant(request: Request, reply: Any) -> Any:
+        return ("length", None) if reply.finish_reason == "length" else ending(request, reply)
 
-    patch.setattr(Core, "_ending", mutant)
+    patch.setattr(responses_module, "ending", mutant)
 
 
 @plant
 def min_tokens_of_each_chunk(patch: pytest.MonkeyPatch) -> None:
-    params = core_module.call_params
+    params = calls_module.call_params
 
     def mutant(sampling: Any, **options: Any) -> dict[str, Any]:
         return params(sampling, **options) | {"min_tokens": sampling.min_tokens}
 
-    patch.setattr(core_module, "call_params", mutant)
+    patch.setattr(calls_module, "call_params", mutant)
 
 
 @plant
@@ -297,13 +308,13 @@ def seed_of_each_chunk_the_same(patch: pytest.MonkeyPatch) -> None:
 
 @plant
 def mixed_reply_accepted(patch: pytest.MonkeyPatch) -> None:
-    version_of = Core._version_of
-    patch.setattr(Core, "_version_of", lambda self, call, reply: (version_of(self, call, reply)[0], False))
+    of_reply = Versions.of_reply
+    patch.setattr(Versions, "of_reply", lambda self, call, reply: (of_reply(self, call, reply)[0], False))
 
 
 @plant
 def continued_on_other_weights(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Core, "_version_fits", lambda self, request, instance: True)
+    patch.setattr(Versions, "fit", lambda self, request, instance: True)
 
 
 # Journal and resuming
@@ -312,17 +323,18 @@ def continued_on_other_weights(patch: pytest.MonkeyPatch) -> None:
 @plant
 def record_skipped(patch: pytest.MonkeyPatch) -> None:
     def extra(self: Core, event: Any) -> None:
-        self._out[:] = [c for c in self._out if not (isinstance(c, Record) and c.chunk and c.chunk.n == 2)]
+        commands = self._turn.commands
+        commands[:] = [c for c in commands if not (isinstance(c, Record) and c.chunk and c.chunk.n == 2)]
 
     after(patch, Core, "_chunk_finished", extra)
 
 
 @plant
 def restart_not_recorded(patch: pytest.MonkeyPatch) -> None:
-    def extra(self: Core, request: Request) -> None:
-        self._out.pop()
+    def extra(self: Responses, request: Request) -> None:
+        self._turn.commands.pop()
 
-    after(patch, Core, "_restart", extra)
+    after(patch, Responses, "restart", extra)
 
 
 @plant
@@ -335,29 +347,31 @@ def record_after_dispatch(patch: pytest.MonkeyPatch) -> None:
 
 @plant
 def emitted_again_on_resume(patch: pytest.MonkeyPatch) -> None:
-    restore = Core._restore
-    patch.setattr(Core, "_restore", lambda self, event: restore(self, msgspec.structs.replace(event, emitted=False)))
+    restore = Responses.restore
+    patch.setattr(
+        Responses, "restore", lambda self, event: restore(self, msgspec.structs.replace(event, emitted=False))
+    )
 
 
 @plant
 def chunk_forgotten_on_resume(patch: pytest.MonkeyPatch) -> None:
-    restore = Core._restore
+    restore = Responses.restore
 
-    def mutant(self: Core, event: Any) -> None:
+    def mutant(self: Responses, event: Any) -> None:
         if event.record.chunk is None or event.record.chunk.n == 0:
             restore(self, event)
 
-    patch.setattr(Core, "_restore", mutant)
+    patch.setattr(Responses, "restore", mutant)
 
 
 @plant
 def mark_forgotten_on_resume(patch: pytest.MonkeyPatch) -> None:
-    restore = Core._restore
+    restore = Responses.restore
 
-    def mutant(self: Core, event: Any) -> None:
+    def mutant(self: Responses, event: Any) -> None:
         restore(self, msgspec.structs.replace(event, record=msgspec.structs.replace(event.record, mixed=False)))
 
-    patch.setattr(Core, "_restore", mutant)
+    patch.setattr(Responses, "restore", mutant)
 
 
 @pytest.mark.parametrize("planted", PLANTS, ids=lambda planted: planted.__name__)

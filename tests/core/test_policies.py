@@ -234,7 +234,7 @@ def test_a_request_stays_where_its_prefix_is_while_that_costs_no_balance() -> No
     assert hand.engine_of["h/0"] != home
     hand.answer("g/0")
     assert hand.engine_of["g/0"] == home
-    assert hand.core.migrations == 0
+    assert hand.core.responses.migrations == 0
     hand.groups("i", "j", "k", "l")
     crowd = hand.engine_of["g/0"]
     for request, engine in list(hand.engine_of.items()):
@@ -242,9 +242,9 @@ def test_a_request_stays_where_its_prefix_is_while_that_costs_no_balance() -> No
             hand.answer(request, 1, "stop")  # the other engine is empty now
     hand.answer("g/0")
     assert hand.engine_of["g/0"] != crowd
-    assert hand.core.migrations == 0  # counted when the chunk is accepted
+    assert hand.core.responses.migrations == 0  # counted when the chunk is accepted
     hand.answer("g/0")
-    assert hand.core.migrations == 1
+    assert hand.core.responses.migrations == 1
 
 
 def test_what_others_use_of_an_engine_is_not_ours_to_fill() -> None:

@@ -66,7 +66,7 @@ def test_a_response_keeps_to_its_weights() -> None:
     first = begun()
     hand = resumed(first, emitted=("g/0",)).up(version="newer")
     assert {call.request: len(call.prefix) - 3 for call in hand.sent} == {"g/1": 0, "g/2": 0}
-    assert hand.core.restarts == 1
+    assert hand.core.responses.restarts == 1
 
 
 def test_a_response_longer_than_todays_limit_is_at_its_end() -> None:

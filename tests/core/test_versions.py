@@ -31,7 +31,7 @@ def test_when_no_engine_has_its_version_any_more_it_begins_again() -> None:
     hand.down(busy)
     assert [(call.prefix, call.weight_version) for call in hand.sent] == [([1, 2, 3], "v2")]
     assert hand.records[-1].chunk is None
-    assert hand.core.restarts == 1
+    assert hand.core.responses.restarts == 1
     hand.answer("g/0", 2, "stop", version="v2")
     sample = hand.samples["g/0"]
     assert (len(sample.token_ids), sample.weight_version, sample.on_policy) == (2, "v2", True)
@@ -74,7 +74,7 @@ def test_a_marked_run_continues_anywhere() -> None:
 def test_an_engine_that_names_no_versions_is_asked_afterwards(after: str, restarts: int) -> None:
     hand = Hand(**RESTART).up(version="v1").groups("g")
     hand.answer("g/0", version_after=after)
-    assert hand.core.restarts == restarts
+    assert hand.core.responses.restarts == restarts
     assert hand.sent[0].weight_version == after
 
 
@@ -82,7 +82,7 @@ def test_a_reply_knows_of_new_weights_before_the_telemetry_does() -> None:
     hand = Hand(engine={"max_in_flight": 1}, **RESTART).up(version="v1").groups("g", "h")
     hand.answer("g/0", 1, "stop", version="v2")
     assert hand.sent[0].weight_version == "v2"
-    assert hand.core.restarts == 0
+    assert hand.core.responses.restarts == 0
 
 
 def test_a_reading_of_another_process_says_nothing() -> None:

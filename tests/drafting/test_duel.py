@@ -78,6 +78,12 @@ def test_a_clear_loss_is_seen_in_a_few_steps() -> None:
     assert play(duel, 300, on=1.5, off=1.0, noise=0.02) * 300 == pytest.approx(SETTLE + LOOK, abs=1)
 
 
+def test_a_clear_win_is_seen_in_a_few_steps() -> None:
+    """Half of a short rollout's steps would otherwise go by without the drafts that win."""
+    duel = Duel(64, trusting=True)
+    assert (1 - play(duel, 250, on=0.6, off=1.0, noise=0.02)) * 250 == pytest.approx(SETTLE + LOOK, abs=1)
+
+
 def test_a_tie_is_no_win() -> None:
     assert play(Duel(8), 20_000, on=1.0, off=1.0) < 0.3
 

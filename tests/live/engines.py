@@ -22,9 +22,8 @@ if TYPE_CHECKING:
 
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(
-    ["seer_cli.main"]
-)  # a process a test costs milliseconds, where an interpreter costs seconds
+# A process a test costs milliseconds, where an interpreter costs seconds; commands are modules that are loaded late.
+_SERVER.set_forkserver_preload(["seer_cli.main", "seer_cli.mock"])
 _START_S = 60.0
 
 
@@ -33,19 +32,19 @@ class MockProcess:
 
     def __init__(self, port: int, *options: str) -> None:
         self.url = f"http://127.0.0.1:{port}"
+        self.options = options
         self._port = port
-        self._options = options
         self._process: BaseProcess | None = None
 
     def launch(self) -> None:
-        command = ["mock-engine", "--port", str(self._port), *self._options]
+        command = ["mock-engine", "--port", str(self._port), *self.options]
         self._process = _SERVER.Process(target=_run, args=(command,), daemon=True)
         self._process.start()
 
     def wait_ready(self) -> None:
         deadline = time.monotonic() + _START_S
         while not self._listens():
-            assert self._process and self._process.is_alive(), f"the mock engine ended: {self._options}"
+            assert self._process and self._process.is_alive(), f"the mock engine ended: {self.options}"
             assert time.monotonic() < deadline, "the mock engine does not start"
             time.sleep(0.01)
 

@@ -110,14 +110,14 @@ async def test_an_adapter_that_is_replaced_mixes_nothing() -> None:
             tasks = [
                 asyncio.create_task(post(client, COMPLETIONS, **asked(model, **options))) for model in ("tiny", "mock")
             ]
-            while service.core.tokens < 40:
+            while service.core.responses.tokens < 40:
                 await asyncio.sleep(0.01)
             assert (await post(client, LOAD, 400, lora_name="tiny", lora_path="/new"))["error"]["code"] == 400
             await load(client, "/new", load_inplace=True)
             tiny, plain = [task["choices"][0]["token_ids"] for task in await asyncio.gather(*tasks)]
             assert tiny == expected("/new", **options) != expected("/old", **options)
             assert plain == expected("", **options)
-            assert service.core.restarts == 1
+            assert service.core.responses.restarts == 1
             assert service.paused is None
 
 
@@ -126,7 +126,7 @@ async def test_an_adapter_that_is_unloaded_ends_what_is_open_with_it() -> None:
         async with served(engines) as (service, client):
             await load(client, "/one")
             task = asyncio.create_task(client.post(COMPLETIONS, json=asked("tiny", ignore_eos=True)))
-            while service.core.tokens < 16:
+            while service.core.responses.tokens < 16:
                 await asyncio.sleep(0.01)
             assert (await client.post(UNLOAD, json={"lora_name": "tiny"})).status_code == 200
             reply = await task

@@ -99,7 +99,9 @@ async def test_no_request_breaks_it(engines: list[MockProcess]) -> None:
 
         await asyncio.to_thread(check)
         assert len(seen) > 50 and {200, 400, 404} <= set(seen)
-        assert not service.core.buffer.open
+        async with asyncio.timeout(5):  # a job that was just cancelled waits for what its engines have sampled
+            while service.core.buffer.open:
+                await asyncio.sleep(0.05)
 
 
 async def test_the_streams_of_rollouts_are_described(engines: list[MockProcess]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -14,7 +15,7 @@ import pytest
 from aiohttp import web
 
 from seer_async.config import resolve
-from seer_async.errors import FleetError
+from seer_async.errors import EngineError, FailureKind, FleetError
 from seer_async.options import GroupOptions
 from seer_async.sampling import Sampling
 from seer_async.service import Service, Ticket, Work
@@ -24,6 +25,7 @@ from seer_servers.mock import LanguageModel, reference_response
 from seer_servers.service import pausing, weights
 from seer_servers.service.control import Control
 from seer_servers.service.errors import ApiError
+from seer_servers.service.pausing import HAND_BACK_S
 from tests.live.engines import MockProcess, mock_engines, running
 
 if TYPE_CHECKING:
@@ -321,6 +323,46 @@ async def test_abort_requests(engines: list[MockProcess]) -> None:
         assert second.done
 
 
+async def test_requests_aborted_by_name_keep_what_engines_have_sampled_of_the_chunk_in_flight(
+    engines: list[MockProcess],
+) -> None:
+    """And only those end; the engine is not taken for a paused one."""
+    options = GroupOptions(sampling=Sampling(max_tokens=5000, ignore_eos=True), chunk_size=5000)
+    whole = GroupOptions(sampling=Sampling(max_tokens=5000, ignore_eos=True), indivisible=True)
+    async with trainer(engines[:2]) as it:
+        tickets = [it.submit(1, options=options), it.submit(2, options=whole), it.submit(3, options=options)]
+        await asyncio.sleep(0.4)
+        begun = time.monotonic()
+        for ticket in tickets[:2]:
+            assert (await it.post("/abort_requests", {"request_ids": ticket.requests}))["aborted"] == 4
+            for sample in await ticket.all():
+                assert sample.finish_reason == "abort"
+                assert 0 < len(sample.token_ids) == len(sample.logprobs) < 5000
+                assert [chunk.tokens for chunk in sample.chunks] == [len(sample.token_ids)]
+        assert time.monotonic() - begun < HAND_BACK_S
+        assert not any(instance.closed_until for instance in it.service.core.instances.values())
+        assert not tickets[2].done
+        assert (await it.post("/abort_requests", {}))["aborted"] == 4
+        assert all(sample.token_ids for sample in await tickets[2].all())
+
+
+async def test_engines_that_cannot_hand_anything_back_keep_nobody_waiting(engines: list[MockProcess]) -> None:
+    options = GroupOptions(sampling=Sampling(max_tokens=5000, ignore_eos=True), chunk_size=5000)
+    async with trainer(engines[:2]) as it:
+        for name in it.service.fleet.clients:
+            it.service.client(name).hand_back = _cannot  # type: ignore[method-assign]
+        ticket = it.submit(1, options=options)
+        await asyncio.sleep(0.2)
+        begun = time.monotonic()
+        assert (await it.post("/abort_requests", {"request_ids": ticket.requests}))["aborted"] == 4
+        assert time.monotonic() - begun < HAND_BACK_S
+        assert [(sample.finish_reason, sample.token_ids) for sample in await ticket.all()] == [("abort", [])] * 4
+
+
+async def _cannot(*_: Any, **__: Any) -> None:
+    raise EngineError(FailureKind.REJECTED, "there is no such route")
+
+
 async def test_an_abort_hands_back_what_engines_have_sampled(engines: list[MockProcess]) -> None:
     """In the middle of a chunk, and what waits for the resume ends with nothing."""
     options = GroupOptions(sampling=Sampling(max_tokens=5000, ignore_eos=True), chunk_size=5000)
@@ -464,7 +506,7 @@ async def test_an_update_in_one_call(engines: list[MockProcess]) -> None:
         for ticket in tickets:
             for sample in await ticket.all():
                 assert_right(sample)
-        assert it.service.core.version == "step_7"
+        assert it.service.core.versions.current == "step_7"
         for engine in engines[:2]:
             (call,) = await calls(engine, "/update_weights")
             assert msgspec.json.decode(call["body"]) == {"update_info": {"path": "/broadcasts/step_7"}}

@@ -116,7 +116,7 @@ async def test_hostile_names_stay_text(fast: list[MockProcess], tmp_path: Path, 
         await tab.open(app.url + "/")
         await tab.until(READY)
         app.service.core.instances["engine-0"].last_error = HOSTILE
-        app.service.core.version = HOSTILE
+        app.service.core.versions.current = HOSTILE
         await tab.until("document.getElementById('engines').innerText.includes('onerror')")
         await tab.until("document.getElementById('about').innerText.includes('onerror')")
         assert await tab.evaluate("document.querySelectorAll('img').length") == 0

@@ -30,7 +30,7 @@ def got(engines: list[MockProcess]) -> Any:
     async def ask() -> Any:
         async with served(engines) as (service, http):
             said = await asyncio.to_thread(skyrl.run, SCRIPT, str(http.base_url))
-            return said | {"version": service.core.version}
+            return said | {"version": service.core.versions.current}
 
     return asyncio.run(ask())
 

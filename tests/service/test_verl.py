@@ -33,7 +33,7 @@ async def seamed(engines: list[MockProcess]) -> AsyncIterator[tuple[Service, Ser
 
 
 async def under_way(service: Service) -> None:
-    while service.core.tokens < 64:
+    while service.core.responses.tokens < 64:
         await asyncio.sleep(0.01)
 
 
@@ -126,7 +126,7 @@ async def test_weights(engines: list[MockProcess]) -> None:
         await server.resume_generation()
         async with asyncio.timeout(30):
             (first, second), _ = await task
-        assert service.core.version == "step-2"
+        assert service.core.versions.current == "step-2"
         assert first.extra_fields == {"global_steps": 1, "min_global_steps": 1, "max_global_steps": 1}
         assert second.extra_fields == {"global_steps": 2, "min_global_steps": 2, "max_global_steps": 2}
         prompt, left = PROMPT + first.token_ids, MOST - len(first.token_ids)

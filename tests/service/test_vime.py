@@ -73,9 +73,9 @@ async def test_a_rollout(engines: list[MockProcess], state: State) -> None:
 
         said = await asyncio.to_thread(vime.generate_rollout, args, 3, list, evaluation=False)
         assert said == {"evaluation": False}
-        assert service.core.version == "rollout-3"
+        assert service.core.versions.current == "rollout-3"
         await asyncio.to_thread(vime.generate_rollout, args, 4, list, evaluation=True)
-        assert service.core.version == "rollout-3"
+        assert service.core.versions.current == "rollout-3"
 
         samples = [SimpleNamespace(tokens=PROMPT, session_id=f"s{number}") for number in range(4)]
         short = {"seed": 1, "max_tokens": 40, "ignore_eos": True}

@@ -17,6 +17,7 @@ from seer_servers.fleet import EngineSpec, LocalFleet
 from seer_servers.kvpool.shm.pool import ShmPool
 from seer_servers.model import ensure_default_model
 from seer_servers.service.serve import serving
+from tests.conftest import ONE_THREAD
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,7 +42,7 @@ def engine(vllm_installed: None, tmp_path_factory: pytest.TempPathFactory) -> It
         dtype="float32",
         max_model_len=512,
         extra_args=("--enable-lora", "--max-lora-rank", str(RANK), "--max-loras", str(SLOTS)),
-        extra_env={"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"},
+        extra_env={"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} | ONE_THREAD,
     )
     fleet = LocalFleet(spec, 1, folder, pool=ShmPool(folder, 1 << 28))
     with start_blocking_portal() as portal, portal.wrap_async_context_manager(fleet):
@@ -114,13 +115,13 @@ async def test_adapters(engine: str, tmp_path: Path) -> None:
 
         # A replaced one takes over at once, also in a response that the one before had begun.
         long = asyncio.create_task(said(ours, "one", max_tokens=120, ignore_eos=True))
-        while service.core.tokens < 7 * 40 + 2 * CHUNK:
+        while service.core.responses.tokens < 7 * 40 + 2 * CHUNK:
             await asyncio.sleep(0.01)
             assert not long.done()
         new = {"lora_name": "one", "lora_path": paths[2], "load_inplace": True}
         (await ours.post(LOAD, json=new)).raise_for_status()
         tokens, _ = await long
-        assert service.core.restarts == 1
+        assert service.core.responses.restarts == 1
         known, _ = await said(theirs, "one", max_tokens=120, ignore_eos=True, cache_salt="new")
         assert tokens == known
         assert known[:40] != right[1][0]

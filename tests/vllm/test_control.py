@@ -62,12 +62,16 @@ class Trainer:
 
     async def under_way(self) -> asyncio.Task[list[list[int]]]:
         """The group, when some of it has been sampled."""
-        before = self.service.core.tokens
+        before = self.service.core.responses.tokens
         task = self.ask()
-        while self.service.core.tokens < before + 2 * N * 8:
+        while self.service.core.responses.tokens < before + 2 * N * 8:
             await asyncio.sleep(0.01)
         assert not task.done()
         return task
+
+    def sampled(self) -> int:
+        """Tokens, by the engines' own latest account."""
+        return sum(each.stats.generated_tokens for each in self.service.core.instances.values() if each.stats)
 
     async def states(self) -> list[str]:
         return [worker["state"] for worker in (await self.get("/workers"))["workers"]]
@@ -98,8 +102,8 @@ class Trainer:
 
 
 @asynccontextmanager
-async def trainer(fleet: LocalFleet) -> AsyncIterator[Trainer]:
-    config = resolve({"serve": {"port": 0}, "rollout": {"chunk_size": 8}, "engine": {"telemetry_s": 0.25}})
+async def trainer(fleet: LocalFleet, chunk_size: int = 8) -> AsyncIterator[Trainer]:
+    config = resolve({"serve": {"port": 0}, "rollout": {"chunk_size": chunk_size}, "engine": {"telemetry_s": 0.25}})
     async with serving(config, fleet.urls) as (service, url), httpx.AsyncClient(base_url=url, timeout=120) as ours:
         yield Trainer(fleet, service, ours)
 
@@ -116,6 +120,22 @@ async def test_pause_sleep_and_the_rest(vllm_fleet: LocalFleet) -> None:
         await put_back(vllm_fleet)
 
 
+async def test_requests_aborted_by_name_keep_what_was_sampled_of_their_one_chunk(vllm_fleet: LocalFleet) -> None:
+    async with trainer(vllm_fleet, chunk_size=8 * LENGTH) as it:
+        whole = await it.ask()
+        await asyncio.sleep(0.6)  # for telemetry, which is read every quarter of a second
+        before = it.sampled()
+        task = it.ask()
+        async with asyncio.timeout(15):
+            while it.sampled() < before + N:
+                await asyncio.sleep(0.01)
+        assert (await it.post("/abort_requests", {"request_ids": ["mine"]}))["aborted"] == N
+        cut = await task
+        assert all(tokens == right[: len(tokens)] for tokens, right in zip(cut, whole, strict=True))
+        assert all(0 < len(tokens) < LENGTH for tokens in cut)
+        await it.eventually(it.idle)
+
+
 async def _pauses(it: Trainer, whole: list[list[int]]) -> None:
     for mode in ("keep", "wait", "abort"):
         task = await it.under_way()
@@ -124,9 +144,9 @@ async def _pauses(it: Trainer, whole: list[list[int]]) -> None:
         assert await it.engines("/is_paused") == [{"is_paused": True}] * 2
         assert await it.idle()
         assert task.done() == (mode == "wait") or mode == "abort"
-        late, before = it.ask(), it.service.core.tokens
+        late, before = it.ask(), it.service.core.responses.tokens
         await asyncio.sleep(0.5)
-        assert (late.done(), it.service.core.tokens) == (False, before)
+        assert (late.done(), it.service.core.responses.tokens) == (False, before)
         assert await it.post("/resume") == {"status": "resumed"}
         assert await it.engines("/is_paused") == [{"is_paused": False}] * 2
         assert await late == whole
@@ -166,9 +186,9 @@ async def _sleeps(it: Trainer, whole: list[list[int]]) -> None:
     assert await it.engines("/is_sleeping") == [{"is_sleeping": False}] * 2
     await it.become("STALE", "STALE")
     assert (await it.ours.get("/weight_info")).status_code == 409
-    before = it.service.core.tokens
+    before = it.service.core.responses.tokens
     await asyncio.sleep(0.5)
-    assert not task.done() and it.service.core.tokens <= before
+    assert not task.done() and it.service.core.responses.tokens <= before
     await it.update("awake")
     assert await task == whole
     assert await it.get("/weight_info") == {"weight_version": "awake"}

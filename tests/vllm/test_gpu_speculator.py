@@ -444,6 +444,54 @@ def test_drafts_to_verify_are_shared_out_as_by_vllm(requests):
         assert found[0].tolist() == found[1].tolist()
 
 
+@pytest.fixture
+def verification(monkeypatch):
+    """The choice of how much to verify, of 4 requests that are sure of their drafts, with graphs of up to 16 tokens."""
+    monkeypatch.setattr(
+        adaptive_verification, "get_tp_group", lambda: SimpleNamespace(broadcast_object=lambda x, src: x)
+    )
+    monkeypatch.setattr(gpu_verification.GroupedVerification, "_time_sampling", lambda *_: 0.1)
+    monkeypatch.setattr(gpu_verification.rejection_sampler, "gather_draft_sampled", lambda *_: None)  # needs a GPU
+    whole = gpu_verification.GroupedVerification.__new__(gpu_verification.GroupedVerification)
+    lengths = SimpleNamespace(np=np.full(SLOTS, 7), gpu=torch.full((SLOTS,), 7, dtype=torch.int32))
+    whole.req_states = SimpleNamespace(
+        device=DEVICE,
+        max_num_reqs=SLOTS,
+        max_num_batched_tokens=256,
+        req_id_to_index={str(slot): slot for slot in range(SLOTS)},
+        prefill_len=lengths,
+        num_computed_tokens_np=np.full(SLOTS, 7),
+    )
+    whole._runner = SimpleNamespace(input_buffers=InputBuffers(SLOTS, 256, DEVICE))
+    whole.num_speculative_steps, whole.num_bonus_tokens = STEPS, 1
+    whole._stale_idx, whole._stale_confidences = 0, [SimpleNamespace(np=np.full((SLOTS, STEPS), 0.9))]
+    whole._max_total_logits, whole._cudagraph_limit = 256, 16
+    whole._host_ms = whole._assumed_ms = whole._waited = 0.0
+    whole._last = None
+    whole.set_cost_curves([(1, 0.0)], [(1, 5.0), (256, 5.0)])
+    return whole
+
+
+def test_drafts_stay_within_the_largest_graph(verification):
+    drafts = {str(slot): [1] * STEPS for slot in range(4)}
+    assert 4 * (1 + STEPS) > 16
+    assert verification.get_num_tokens(dict.fromkeys(drafts, 1 + STEPS), drafts) == 16
+    few = {"0": [1] * STEPS}
+    assert verification.get_num_tokens({"0": 1 + STEPS}, few) == 1 + STEPS
+
+
+def test_a_step_that_prefills_says_nothing_of_the_hosts_time(verification, monkeypatch):
+    """It is launched kernel by kernel; believed, it would make drafted tokens look free."""
+    now = iter(np.arange(0.0, 10.0, 0.05))
+    monkeypatch.setattr(gpu_verification.time, "perf_counter", lambda: next(now))
+    for _ in range(50):
+        verification._learn_host_time(replayed=False)
+    assert verification._host_ms == 0
+    for _ in range(50):
+        verification._learn_host_time(replayed=True)
+    assert verification._host_ms > 1
+
+
 class Runner:
     """What vLLM's runner uses to describe a step to attention, without a model."""
 

@@ -174,9 +174,9 @@ async def _generated(url: str, *asked: tuple[list[int], dict[str, Any]]) -> list
 
 async def _paused(service: Service, url: str, mode: str) -> Any:
     """What a request gets that is paused in its middle."""
-    before = service.core.tokens
+    before = service.core.responses.tokens
     task = asyncio.create_task(_generated(url, (PROMPT, LONG)))
-    while service.core.tokens < before + CHUNK:
+    while service.core.responses.tokens < before + CHUNK:
         await asyncio.sleep(0.005)
     async with httpx.AsyncClient(base_url=url, timeout=60) as client:
         (await client.post("/pause", params={"mode": mode, "clear_cache": "false"})).raise_for_status()
@@ -212,7 +212,7 @@ async def test_grpo(vllm_fleet: LocalFleet, tmp_path: Path) -> None:
     try:
         async with served(vllm_fleet) as (service, url):
             steps = await asyncio.to_thread(_trained, grpo, url, tmp_path)
-            assert service.core.version == "step-2"
+            assert service.core.versions.current == "step-2"
             async with httpx.AsyncClient() as client:
                 said = [(await client.get(f"{each}/weight_info")).json() for each in vllm_fleet.urls]
             assert all("step-2" in str(each) for each in said), said

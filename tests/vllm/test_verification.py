@@ -169,6 +169,23 @@ def test_a_padding_draft_is_never_accepted(patched: None) -> None:
     assert [len(output) for output in tiny.outputs] == [1, 1, 1, 1]
 
 
+def test_what_is_not_reached_is_not_drawn(patched: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of noise are most of what a drafted token costs the sampler."""
+    truth = grown("raw_logprobs", {}, 20, lambda *_: [])
+    tiny = Tiny("raw_logprobs", {})
+    plain, rows = tiny.sampler.topk_topp_sampler.forward, []
+
+    def counted(logits: torch.Tensor, *others: Any) -> Any:
+        rows.append(len(logits))
+        return plain(logits, *others)
+
+    monkeypatch.setattr(tiny.sampler.topk_topp_sampler, "forward", counted)
+    wrong = [(token + 1) % VOCAB for token in truth.outputs[3]]
+    tiny.step([truth.outputs[0][:5], [*truth.outputs[1][:2], wrong[2], 0, 0], [], wrong[:5]])
+    assert [len(output) for output in tiny.outputs] == [6, 3, 1, 1]
+    assert sum(rows) == 4 + 5 + 3 + 1  # each request's bonus token, then what was followed and the first that was not
+
+
 class TestDistribution:
     """A batch of equal rows is as many samples; chi-square against the exact probabilities."""
 

@@ -107,6 +107,7 @@ class MockServer:
                 web.post("/resume", self.control.noted(self._resume)),
                 web.get("/is_paused", self._is_paused),
                 web.post("/abort_requests", self.control.noted(self._abort_requests)),
+                web.post("/inference/v1/abort_requests", self._abort_named),
                 web.get("/v1/seer/info", self._seer_info),
                 web.get("/v1/seer/tokenizer", self._seer_tokenizer),
                 web.get("/v1/seer/drafts/stats", self._draft_stats),
@@ -253,6 +254,14 @@ class MockServer:
         ids = decode(await request.read(), AbortBody).request_ids or []
         aborted = self.engine.abort(ids)
         return _json({"status": "aborted", "aborted": len(ids) or aborted})  # like vLLM, ids it does not know count
+
+    async def _abort_named(self, request: web.Request) -> web.Response:
+        ids = decode(await request.read(), AbortBody).request_ids
+        if ids is None:
+            raise bad_request("Missing 'request_ids' in request body")
+        if ids:
+            self.engine.abort(ids)
+        return web.Response()
 
     async def _seer_info(self, _request: web.Request) -> web.Response:
         return _json(

@@ -6,7 +6,8 @@ keyed noise, and a draft is accepted as far as it says the same; the chance to b
 
 How many drafted tokens a step verifies is vLLM's adaptive verification: it takes the most tokens per millisecond, given
 each drafted token's confidence and the cost of a step by its tokens. The confidences are ours, and so is the cost: that
-of the model, of sampling, and never less than what the host takes to prepare a step.
+of the model, of sampling, and never less than what the host takes to prepare a step. Drafts never take a step beyond
+the largest CUDA graph: launched kernel by kernel, it takes the host several times as long.
 
 Steps of mixed lengths replay CUDA graphs captured for the longest; one without drafts must be described as such, too.
 
@@ -33,6 +34,8 @@ from seer_servers.plugin.patching import Function, Patch
 PROFILE_CONTEXT = 512  # tokens; more would count each drafted token as a reader of a long context of its own
 SAMPLING_ROWS = (1, 128)  # the sampler is timed on these and taken to be linear
 TIMED_RUNS = 5
+COMPILED_ROWS = (2, 16)  # Triton compiles anew for multiples of 16
+GATHER_KINDS = (torch.int64, torch.int64, torch.int32)  # places of logits, slots, offsets within a draft
 HOST_SHARE = 0.05  # of the newest step in the average of the host's time
 HOST_CHANGE = 1.05  # below this factor the cost table stays
 
@@ -154,6 +157,8 @@ class GroupedVerification(AdaptiveVerificationManager):  # type: ignore[misc]  #
 
     _stale_idx: int  # vLLM's own: the page of confidences that the host reads
     _pending_resets: list[int]  # and the slots whose entries on the other page are of requests that left
+    _cudagraph_limit: int  # tokens of its largest CUDA graph; 0 without any
+    _max_total_logits: int  # and how many positions it lets a step verify, drafts and others
 
     def __init__(self, plain: AdaptiveVerificationManager, runner: Any) -> None:
         super().__init__(
@@ -187,11 +192,11 @@ class GroupedVerification(AdaptiveVerificationManager):  # type: ignore[misc]  #
 
     def record_confidences(self, confidence_probs: torch.Tensor, input_batch: Any) -> None:
         """Have the forecasts copied to the host, where the step after next reads them."""
-        del confidence_probs, input_batch  # the drafter has written them where they belong
+        del confidence_probs  # the drafter has written them where they belong
         if self._runner.speculator.idle:
             self._last = None
             return
-        self._learn_host_time()
+        self._learn_host_time(replayed=input_batch.decode_graph_eligible)
         write = self._stale_idx
         self._stale_idx = write ^ 1
         begin = time.perf_counter()
@@ -212,9 +217,10 @@ class GroupedVerification(AdaptiveVerificationManager):  # type: ignore[misc]  #
         """Leave out of the host's time what it waited for the GPU."""
         self._waited += seconds
 
-    def _learn_host_time(self) -> None:
+    def _learn_host_time(self, *, replayed: bool) -> None:
+        """Learn from a step that replayed a CUDA graph; one that prefills takes the host far longer."""
         now = time.perf_counter()
-        if self._last is not None and self._model_ms is not None:
+        if replayed and self._last is not None and self._model_ms is not None:
             busy = min((now - self._last - self._waited) * 1e3, 2 * self._host_ms + 1)  # an idle engine is not busy
             self._host_ms += HOST_SHARE * (busy - self._host_ms)
             if not 1 / HOST_CHANGE < self._host_ms / max(self._assumed_ms, 1e-3) < HOST_CHANGE:
@@ -237,6 +243,18 @@ class GroupedVerification(AdaptiveVerificationManager):  # type: ignore[misc]  #
         super().set_cost_curves(draft_curve, [(tokens, ms + few + slope * tokens) for tokens, ms in verify_curve])
         assert self.cost_tables is not None
         self._model_ms = self.cost_tables[1]
+        if self._cudagraph_limit:
+            self._max_total_logits = min(self._max_total_logits, self._cudagraph_limit)
+        self._compile()
+
+    def _compile(self) -> None:
+        """Compile what vLLM leaves for the first step with drafts, where it would take a tenth of a second."""
+        buffers, device = self._runner.input_buffers, self.req_states.device
+        for rows in COMPILED_ROWS:
+            places, index, offsets = (torch.zeros(rows, dtype=kind, device=device) for kind in GATHER_KINDS)
+            rejection_sampler.gather_draft_sampled(
+                buffers.input_ids, buffers.positions, places, index, offsets, self.req_states.prefill_len.gpu
+            )
 
     def _time_sampling(self, rows: int) -> float:
         """Milliseconds that logits and draws of `rows` positions take."""

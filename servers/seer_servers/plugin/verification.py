@@ -14,6 +14,7 @@ drafted rows into a copy and leaves the rows with whatever was in memory (vLLM i
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -70,7 +71,7 @@ def verify(module: Any, sampler: Any, metadata: Any, logits: torch.Tensor, sampl
     raw = logits[metadata.target_logits_indices].to(torch.float32)
     target = sampler.apply_logits_processors(raw if processed_mode else raw.clone(), sampling, metadata)
     target = module.apply_sampling_constraints(target, metadata.cu_num_draft_tokens, sampling)
-    drawn = draw(sampler.sampler, target, metadata.num_draft_tokens, sampling)
+    drawn = draw(sampler.sampler, target, metadata, sampling)
     grid = Grid(metadata.num_draft_tokens, target.device)
     tokens = grid.followed(drawn, metadata.draft_token_ids, bonus.sampled_token_ids)
     logprobs = None
@@ -81,31 +82,54 @@ def verify(module: Any, sampler: Any, metadata: Any, logits: torch.Tensor, sampl
     return module.SamplerOutput(sampled_token_ids=tokens, logprobs_tensors=logprobs)
 
 
-def draw(sampler: Any, target: torch.Tensor, counts: Sequence[int], sampling: Any) -> torch.Tensor:
-    """One token for each drafted position from its final logits `target` [drafted tokens, vocabulary]."""
+def draw(sampler: Any, target: torch.Tensor, metadata: Any, sampling: Any) -> torch.Tensor:
+    """Tokens for the drafted positions from their final logits `target` [drafted tokens, vocabulary].
+
+    A position behind one that differs from its draft is not drawn, since a row of noise is a logarithm for each token
+    of the vocabulary; it holds `PLACEHOLDER`.
+    """
     if sampling.all_greedy:
         return target.argmax(dim=-1)
-    drawn, _ = sampler.topk_topp_sampler(target, _generators(sampling.generators, counts), None, None)
-    if sampling.all_random:
-        return drawn
-    greedy = torch.repeat_interleave(sampling.temperature == 0, torch.tensor(counts, device=target.device))
-    return torch.where(greedy, target.argmax(dim=-1), drawn)
+    drafts, counts = metadata.draft_token_ids.tolist(), metadata.num_draft_tokens
+    starts = list(accumulate(counts, initial=0))
+    drawn = [PLACEHOLDER] * len(drafts)
+    following, offset = [request for request, count in enumerate(counts) if count], 0
+    while following:
+        rows = [starts[request] + offset for request in following]
+        sources = {
+            place: source
+            for place, request in enumerate(following)
+            if (source := _source(sampling, request, counts[request] - offset))
+        }
+        for row, token in zip(rows, _draw(sampler, target[rows], sources, following, sampling), strict=True):
+            drawn[row] = token
+        offset += 1
+        following = [
+            request
+            for request, row in zip(following, rows, strict=True)
+            if drawn[row] == drafts[row] and offset < counts[request]
+        ]
+    return torch.tensor(drawn, device=target.device)
 
 
-def _generators(of_request: dict[int, torch.Generator], counts: Sequence[int]) -> dict[int, torch.Generator]:
-    """A random source for each drafted row of a seeded request.
+def _source(sampling: Any, request: int, back: int) -> torch.Generator | None:
+    """A seeded request's random source for the position `back` before the one where the bonus token is drawn.
 
-    A position-seeded one stands after the drafts, where the bonus token was drawn.
+    There a position-seeded source stands.
     """
-    sources: dict[int, torch.Generator] = {}
-    row = 0
-    for request, count in enumerate(counts):
-        if source := of_request.get(request):
-            seeded = isinstance(source, PositionGenerator)
-            for offset in range(count):
-                sources[row + offset] = source.at(source.position - count + offset) if seeded else source
-        row += count
-    return sources
+    source = sampling.generators.get(request)
+    return source.at(source.position - back) if isinstance(source, PositionGenerator) else source
+
+
+def _draw(
+    sampler: Any, logits: torch.Tensor, sources: dict[int, torch.Generator], requests: list[int], sampling: Any
+) -> list[int]:
+    """One token for each row of `logits`, which is of the request at the same place in `requests`."""
+    drawn, _ = sampler.topk_topp_sampler(logits, sources, None, None)
+    if not sampling.all_random:
+        drawn = torch.where(sampling.temperature[requests] == 0, logits.argmax(dim=-1), drawn)
+    tokens: list[int] = drawn.tolist()
+    return tokens
 
 
 class Kept(NamedTuple):

@@ -21,7 +21,7 @@ from seer_servers.service.weights import Weights
 from seer_servers.service.workers import Workers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from aiohttp import web
 
@@ -33,10 +33,13 @@ if TYPE_CHECKING:
 class Control:
     """A part of the application.
 
-    `abort` ends requests by the ids that clients know and returns how many; without it, ids are the service's own.
+    `abort` ends requests by the ids that clients know, within some seconds, and returns how many; without it, ids are
+    the service's own.
     """
 
-    def __init__(self, service: Service, *, abort: Callable[[Sequence[str]], int] | None = None) -> None:
+    def __init__(
+        self, service: Service, *, abort: Callable[[Sequence[str], float], Awaitable[int]] | None = None
+    ) -> None:
         fanout = Fanout(service)
         self._service = service
         self._watch = Watch(service, fanout)

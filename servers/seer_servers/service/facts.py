@@ -91,7 +91,7 @@ class Facts:
         if not has:
             self._fanout.check(outcome, "")
         agreed = set(has.values())
-        current = next(iter(agreed)) if len(agreed) == 1 else self._service.core.version
+        current = next(iter(agreed)) if len(agreed) == 1 else self._service.core.versions.current
         others = {self._fanout.title(name): version for name, version in has.items() if version != current}
         if len(others) == len(has):
             said = ", ".join(f"{name} has {version}" for name, version in others.items())

@@ -81,7 +81,7 @@ class Health:
             "seer_retries_total": (snapshot.retries, "Calls that failed"),
             "seer_restarts_total": (snapshot.restarts, "Responses begun again under other weights"),
             "seer_process_cpu_seconds_total": (time.process_time(), "CPU time of the service itself"),
-            "seer_pooled_tokens_total": (core.pooled, "Tokens of prefixes that came from a KV pool"),
+            "seer_pooled_tokens_total": (core.responses.pooled, "Tokens of prefixes that came from a KV pool"),
         }
         for kind, figures in (("gauge", gauges), ("counter", counters)):
             for name, (value, words) in figures.items():

@@ -44,6 +44,6 @@ class Holders:
         if boot != info.boot:
             self._found[name] = info.boot, version
             found = version
-        if version != self._service.core.version or version != found:
+        if version != self._service.core.versions.current or version != found:
             return None  # the core compares versions itself; or somebody has given it these weights since
         return f"it calls its weights {version} but has not got the last update"

@@ -86,7 +86,7 @@ class Intake:
         ups = [instance.info for instance in self.service.core.instances.values() if instance.up and instance.info]
         return frozenset.intersection(*(info.capabilities for info in ups)) if ups else self.service.info.capabilities
 
-    def abort(self, names: Sequence[str]) -> int:
+    async def abort(self, names: Sequence[str], grace_s: float) -> int:
         """End requests by the names that clients know, or responses by the service's; returns how many responses ended.
 
         A request is called as its answer's id, as what that was made from (its X-Request-Id or `request_id`), or as
@@ -100,7 +100,7 @@ class Intake:
             if not wanted.isdisjoint((name, _KIND.sub("", name), f"{name}-{number}"))
             for response in ticket.requests
         ]
-        return self.service.abort([*found, *names])
+        return await self.service.abort([*found, *names], grace_s)
 
     @contextlib.contextmanager
     def submitted(self, works: Sequence[Work], name: str) -> Iterator[list[Ticket]]:

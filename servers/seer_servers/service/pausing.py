@@ -22,7 +22,7 @@ from seer_servers.service.part import Route
 from seer_servers.service.watch import Paused
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
     from seer_async.service import Service
     from seer_servers.service.fanout import Fanout, Outcome
@@ -33,7 +33,7 @@ WAIT_S = 1800.0
 """For what is open to end by itself, in a pause that waits for it."""
 SLEEP_S = 300.0
 HAND_BACK_S = 2.0
-"""For paused engines to hand back what they have sampled; what comes later is lost."""
+"""For engines to hand back what they have sampled; what comes later is lost."""
 
 _MODES = ("abort", "wait", "keep")
 _LEVELS = ("0", "1", "2")
@@ -59,12 +59,12 @@ class _Woken(msgspec.Struct):
 class Pausing:
     """Whether the fleet runs.
 
-    `abort` ends requests by the ids that clients know, and returns how many. `updating` says whether a weight update
-    is open; `lost` is told that engines have lost all that was loaded into them.
+    `abort` ends requests by the ids that clients know, within some seconds, and returns how many. `updating` says
+    whether a weight update is open; `lost` is told that engines have lost all that was loaded into them.
     """
 
     def __init__(
-        self, service: Service, fanout: Fanout, watch: Watch, *, abort: Callable[[Sequence[str]], int]
+        self, service: Service, fanout: Fanout, watch: Watch, *, abort: Callable[[Sequence[str], float], Awaitable[int]]
     ) -> None:
         self._service = service
         self._fanout = fanout
@@ -168,7 +168,10 @@ class Pausing:
 
     async def _abort_requests(self, request: web.Request) -> web.Response:
         wanted = (await read_body(request, AbortBody)).request_ids
-        aborted = self._abort(wanted) if wanted else self._service.abort()
+        if wanted:
+            aborted = await self._abort(wanted, HAND_BACK_S)
+        else:
+            aborted = await self._service.abort(None, HAND_BACK_S)
         return web.json_response({"status": "aborted", "aborted": aborted})
 
     async def _sleep(self, request: web.Request) -> web.Response:

@@ -77,7 +77,7 @@ class Status:
             started=self._meter.started,
             run=service.run_id,
             model=service.info.model,
-            version=service.core.version or "",
+            version=service.core.versions.current or "",
             paused=service.paused or None,
             max_requests=service.config.serve.max_requests,
             tokens_per_s=round(sum(rates.values()), 1),

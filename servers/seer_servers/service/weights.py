@@ -254,14 +254,16 @@ class Weights:
         """A trainer may repeat itself when an answer was lost."""
         if not self._transferred:
             raise ApiError(400, "no weight update is open: /start_weight_update comes first")
-        return web.json_response({"message": "Weight update finished", "weight_version": self._service.core.version})
+        return web.json_response(
+            {"message": "Weight update finished", "weight_version": self._service.core.versions.current}
+        )
 
     async def _update_version(self, request: web.Request) -> web.Response:
         body = await read_body(request, VersionBody)
         async with self._alone("/update_weight_version"), self._pausing.held():
             boots = await self._facts.boots(await self._fanout.live())
             engines = self._holders.among(boots) if self._transferred else list(boots)
-            same = body.new_version == self._service.core.version
+            same = body.new_version == self._service.core.versions.current
             version = body.new_version if same else self._unused(body.new_version)
             said = msgspec.json.encode({"new_version": version})
             outcome = await self._fanout.post("/update_weight_version", engines, said)
@@ -271,7 +273,7 @@ class Weights:
 
     def _unused(self, name: str) -> str:
         """A name that no weights had before: trainers that start again count from one again."""
-        self._names.add(self._service.core.version or "")
+        self._names.add(self._service.core.versions.current or "")
         names = itertools.chain([name], (f"{name}#{number}" for number in itertools.count(2)))
         unused = next(each for each in names if each not in self._names)
         self._names.add(unused)

@@ -92,7 +92,7 @@ class Workers:
         return _answer(
             Fleet(
                 workers=[self._view(name, live) for name in self._service.fleet.clients],
-                weight_version=self._service.core.version,
+                weight_version=self._service.core.versions.current,
                 paused=self._service.paused,
                 updating=self._updating(),
             )
@@ -171,8 +171,8 @@ class Workers:
             return "STALE", objection
         if not instance.up:
             return "DOWN", "it answers, and is about to be tried"
-        if instance.version != service.core.version:
-            return "STALE", f"it has weight version {instance.version}, the fleet {service.core.version}"
+        if instance.version != service.core.versions.current:
+            return "STALE", f"it has weight version {instance.version}, the fleet {service.core.versions.current}"
         if service.paused or instance.held:
             return "PAUSED", "" if service.paused else "somebody has paused the engine itself"
         return "UP", ""
