@@ -73,6 +73,10 @@ class _WeightInfo(msgspec.Struct):
     weight_version: str
 
 
+class _DraftPage(msgspec.Struct):
+    by_group: dict[str, tuple[int, int, int]] = {}
+
+
 class _Tokens(msgspec.Struct):
     tokens: list[int]
 
@@ -154,6 +158,10 @@ class EngineClient:
     async def flush_pool(self, run: str, *, timeout_s: float) -> None:
         """Give back the room that a run's blocks take in the engine's KV pool; pools that cannot do that say so."""
         await self._json("POST", "/v1/seer/kv/flush", {"run": run}, dict[str, int], timeout_s)
+
+    async def draft_groups(self, *, timeout_s: float) -> dict[str, tuple[int, int, int]]:
+        """Of an engine's latest groups: drafts verified, their tokens, and how many of these were right."""
+        return (await self._json("GET", "/v1/seer/drafts/stats", None, _DraftPage, timeout_s)).by_group
 
     async def tokenize(self, prompt: Prompt, *, timeout_s: float) -> list[int]:
         """Token ids of a prompt, by the engine's own tokenizer and chat template."""

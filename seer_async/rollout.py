@@ -17,6 +17,7 @@ import msgspec
 from tokenizers import Tokenizer
 
 from seer_async.core import Core
+from seer_async.draftgroups import DraftGroups
 from seer_async.engine import EngineClient, engine_session
 from seer_async.errors import DatasetError, EngineError, FailureKind, FleetError, StorageError, UsageError
 from seer_async.events import AbortRequested, DrainRequested, GroupAdded, InputClosed, Restored
@@ -296,9 +297,14 @@ class Rollout:
         self._shell.post(*(Restored(record=record, emitted=record.request in emitted) for record in records))
         self._shell.post(InputClosed())
         reason = "failed"
+        drafting = DraftGroups(self._folder.info, self._fleet.clients)
+        following = asyncio.create_task(drafting.follow())
         try:
             reason = await self._shell.run(self._fleet.attached)
+            following.cancel()
+            await drafting.ask()
         finally:
+            following.cancel()
             snapshot = take_snapshot(self.core, self._clock.now())
             self._close(reason, snapshot, time.monotonic() - started)
         if reason == "done":

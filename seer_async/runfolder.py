@@ -39,7 +39,10 @@ _KEPT = {"stop", "length"}
 
 
 class RunInfo(msgspec.Struct, kw_only=True):
-    """The content of run.json. `config` is the resolved config as nested tables; times are Unix seconds."""
+    """The content of run.json. `config` is the resolved config as nested tables; times are Unix seconds.
+
+    `draft_groups` says what drafts brought each group: drafts verified, tokens drafted, tokens accepted.
+    """
 
     run: str
     seer: str
@@ -55,6 +58,7 @@ class RunInfo(msgspec.Struct, kw_only=True):
     status: str = "running"
     on_policy: bool = True
     engines: list[dict[str, Any]] = []
+    draft_groups: dict[str, tuple[int, int, int]] = {}
     summary: dict[str, Any] | None = None
 
 

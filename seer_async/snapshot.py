@@ -6,14 +6,18 @@ A snapshot is a copy; reading it never touches the core's state. Taking one is O
 from __future__ import annotations
 
 import heapq
+from itertools import zip_longest
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from seer_async.request import TERMINAL, State
+from seer_async.types import DraftStats
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from seer_async.core import Core
     from seer_async.instance import Instance
     from seer_async.request import Group, Request
@@ -36,6 +40,7 @@ class EngineView(msgspec.Struct, frozen=True, kw_only=True):
     generated: int  # tokens accepted from it
     weight_version: str
     last_error: str | None
+    drafts: DraftStats | None = None
 
 
 class PoolView(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,20 +55,23 @@ class PoolView(msgspec.Struct, frozen=True, kw_only=True):
     evictions: int
 
 
-class DraftView(msgspec.Struct, frozen=True, kw_only=True):
-    """Drafting on all engines together, since they started. `generated` are all tokens of the engines that draft."""
-
-    verified: int
-    drafted: int
-    accepted: int
-    generated: int
-    switch_offs: int
-    drafter_s: float
+class DraftView(DraftStats, frozen=True, kw_only=True):
+    """Drafting on all engines together, since they started."""
 
     @property
     def length(self) -> float:
         """Mean acceptance length of a draft: tokens that its step brought, the bonus token included."""
         return 1 + self.accepted / self.verified if self.verified else 1.0
+
+    @property
+    def per_step(self) -> float:
+        """Tokens that a step brought a request, with a draft or without: one, and those accepted."""
+        return self.generated / max(1, self.generated - self.accepted) if self.generated else 1.0
+
+    @property
+    def shares(self) -> list[float]:
+        """Share of the drafted tokens at each position that were accepted; empty where nobody counts positions."""
+        return [a / d if d else 0.0 for d, a in zip(self.drafted_at, self.accepted_at, strict=False)]
 
 
 class GroupView(msgspec.Struct, frozen=True, kw_only=True):
@@ -170,6 +178,7 @@ def _engine(instance: Instance, now: float) -> EngineView:
         generated=instance.generated,
         weight_version=instance.version,
         last_error=instance.last_error,
+        drafts=stats.drafts if stats else None,
     )
 
 
@@ -191,17 +200,25 @@ def _pool(core: Core) -> PoolView | None:
 
 
 def _drafts(core: Core) -> DraftView | None:
-    found = [(i.stats, i.stats.drafts) for i in core.instances.values() if i.stats and i.stats.drafts]
+    found = [i.stats.drafts for i in core.instances.values() if i.stats and i.stats.drafts]
     if not found:
         return None
     return DraftView(
-        verified=sum(drafts.verified for _, drafts in found),
-        drafted=sum(drafts.drafted for _, drafts in found),
-        accepted=sum(drafts.accepted for _, drafts in found),
-        generated=sum(stats.generated_tokens for stats, _ in found),
-        switch_offs=sum(drafts.switch_offs for _, drafts in found),
-        drafter_s=sum(drafts.drafter_s for _, drafts in found),
+        verified=sum(drafts.verified for drafts in found),
+        drafted=sum(drafts.drafted for drafts in found),
+        accepted=sum(drafts.accepted for drafts in found),
+        generated=sum(drafts.generated for drafts in found),
+        steps=sum(drafts.steps for drafts in found),
+        steps_off=sum(drafts.steps_off for drafts in found),
+        switch_offs=sum(drafts.switch_offs for drafts in found),
+        drafter_s=sum(drafts.drafter_s for drafts in found),
+        drafted_at=_added(drafts.drafted_at for drafts in found),
+        accepted_at=_added(drafts.accepted_at for drafts in found),
     )
+
+
+def _added(counts: Iterable[list[int]]) -> list[int]:
+    return [sum(column) for column in zip_longest(*counts, fillvalue=0)]
 
 
 def _group(core: Core, group: Group, estimate: int, unfinished: int) -> GroupView:

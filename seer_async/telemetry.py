@@ -6,6 +6,7 @@ series is not a vLLM server that can be scheduled.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import TYPE_CHECKING
 
@@ -15,8 +16,12 @@ from seer_async.types import DraftStats, EngineStats, PoolStats
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_LINE = re.compile(rb"^(vllm:\w+|seer:\w+|process_start_time_seconds)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
+_LINE = re.compile(  # not draft_group_...: those are for dashboards, and draftgroups.py asks elsewhere
+    rb"^(vllm:\w+|seer:(?!draft_group_)\w+|process_start_time_seconds)(?:\{(.*)\})? (\S+)$", re.MULTILINE
+)
 _LABEL = re.compile(rb'(\w+)="([^"]*)"')
+_POSITION = re.compile(rb'position="(\d{1,2})"')
+_POSITIONS = 64  # of a draft; see config.FleetConfig.draft_tokens
 
 
 class Metrics:
@@ -25,10 +30,14 @@ class Metrics:
     def __init__(self, page: bytes) -> None:
         self._sums: dict[str, float] = {}
         self._counts: dict[str, int] = {}
+        self._positions: dict[str, dict[int, float]] = {}
         self.cache: dict[str, str] = {}
         for name, labels, value in self._series(page):
             self._sums[name] = self._sums.get(name, 0.0) + value
             self._counts[name] = self._counts.get(name, 0) + 1
+            if name.startswith("seer:draft_tokens_") and (position := _POSITION.search(labels)):
+                at = self._positions.setdefault(name, {})
+                at[int(position[1])] = at.get(int(position[1]), 0.0) + value
             if name == "vllm:cache_config_info":
                 self.cache = {k.decode(): v.decode(errors="replace") for k, v in _LABEL.findall(labels)}
 
@@ -36,9 +45,11 @@ class Metrics:
     def _series(page: bytes) -> Iterator[tuple[str, bytes, float]]:
         for name, labels, value in _LINE.findall(page):
             try:
-                yield name.decode(), labels, float(value)
+                number = float(value)
             except ValueError:
                 continue
+            if math.isfinite(number):
+                yield name.decode(), labels, number
 
     def total(self, name: str, default: float | None = None) -> float:
         """Sum of a series over the server's engines."""
@@ -51,6 +62,11 @@ class Metrics:
     def mean(self, name: str) -> float:
         """Mean of a series over the server's engines."""
         return self.total(name) / self._counts[name]
+
+    def by_position(self, name: str) -> list[int]:
+        """A counter with a position label, from position 0 to the last one that it knows."""
+        found = self._positions.get(name, {})
+        return [int(found.get(position, 0.0)) for position in range(min(_POSITIONS, max(found, default=-1) + 1))]
 
     @property
     def boot(self) -> str:
@@ -102,8 +118,13 @@ class Metrics:
             verified=int(self.total("vllm:spec_decode_num_drafts_total")),
             drafted=int(self.total("vllm:spec_decode_num_draft_tokens_total", 0.0)),
             accepted=int(self.total("vllm:spec_decode_num_accepted_tokens_total", 0.0)),
+            generated=int(self.total("vllm:generation_tokens_total", 0.0)),
+            steps=int(self.total("seer:draft_steps_total", 0.0)),
+            steps_off=int(self.total("seer:draft_steps_off_total", 0.0)),
             switch_offs=int(self.total("seer:draft_switch_offs_total", 0.0)),
             drafter_s=self.total("seer:draft_draft_s_total", 0.0),
+            drafted_at=self.by_position("seer:draft_tokens_drafted_total"),
+            accepted_at=self.by_position("seer:draft_tokens_accepted_total"),
         )
 
     def _pool(self) -> PoolStats | None:

@@ -182,14 +182,21 @@ class PoolStats(msgspec.Struct, frozen=True, kw_only=True):
 class DraftStats(msgspec.Struct, frozen=True, kw_only=True):
     """An engine's drafting since its start: drafts that were verified, their tokens, and those of them that were right.
 
-    `drafter_s` are the drafter's own seconds; `switch_offs` how often it stopped because it did not pay.
+    `generated` are all tokens of the engine. What only our drafter counts is 0 or empty with others: its `steps`, of
+    which `steps_off` were switched off, `switch_offs` (how often it stopped because it did not pay), `drafter_s` (its
+    own seconds), and `accepted_at[i]` of `drafted_at[i]` tokens at position i of a draft.
     """
 
     verified: int
     drafted: int
     accepted: int
+    generated: int = 0
+    steps: int = 0
+    steps_off: int = 0
     switch_offs: int = 0
     drafter_s: float = 0.0
+    drafted_at: list[int] = []
+    accepted_at: list[int] = []
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):

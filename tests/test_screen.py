@@ -71,10 +71,16 @@ def test_a_kv_pool_is_shown_where_there_is_one(size: tuple[int, int], final: boo
 
 @pytest.mark.parametrize(("size", "final"), [((80, 24), False), ((160, 50), False), ((80, 24), True)])
 def test_drafting_is_shown_where_there_is_some(size: tuple[int, int], final: bool) -> None:
-    drafts = DraftView(verified=1000, drafted=2100, accepted=640, generated=3200, switch_offs=3, drafter_s=0.5)
+    drafts = DraftView(
+        verified=1000, drafted=2100, accepted=640, generated=3200, steps=400, steps_off=48, switch_offs=3,
+        drafter_s=0.1, drafted_at=[1000, 700, 300, 100], accepted_at=[400, 175, 60, 5],
+    )  # fmt: skip
     (line,) = [line for line in screen(snapshot(drafts=drafts), size, final=final) if " drafts " in line]
-    for part in ("1.64 tokens a draft", "20% of all drafted", "3 switched off"):
+    for part in ("1.25 tokens, 0.25 ms a step", "40% 25% 20% accepted", "12% off (3x)"):
         assert part in line
+    others = DraftView(verified=1000, drafted=2000, accepted=500, generated=1000)
+    (line,) = [line for line in screen(snapshot(drafts=others), size, final=final) if " drafts " in line]
+    assert line.split()[1:] == ["2.00", "tokens", "a", "step", "25%", "accepted"]
     assert not [line for line in screen(snapshot(), size, final=final) if " drafts " in line]
 
 

@@ -238,7 +238,9 @@ def _figures(snapshot: Snapshot, rate: float | None) -> str:
     if snapshot.pool:
         figures |= {"pooled": snapshot.pool.loaded, "pool_gib": round(snapshot.pool.bytes / 2**30, 2)}
     if snapshot.drafts:
-        figures |= {"tokens_per_draft": round(snapshot.drafts.length, 2), "switch_offs": snapshot.drafts.switch_offs}
+        drafts = snapshot.drafts
+        figures |= {"tokens_per_step": round(drafts.per_step, 2), "tokens_per_draft": round(drafts.length, 2)}
+        figures |= {"steps_off": drafts.steps_off, "switch_offs": drafts.switch_offs}
     return " ".join(f"{name}={value}" for name, value in figures.items())
 
 

@@ -42,6 +42,10 @@ def mock_engine(  # noqa: PLR0917 - Typer makes each parameter an option
         int, typer.Option(help="Longest prompt plus response, in tokens.")
     ] = MockConfig().max_model_len,
     world_size: Annotated[int, typer.Option(help="Workers that the engine says it has.")] = MockConfig().world_size,
+    draft_acceptance: Annotated[
+        float,
+        typer.Option(help="Count drafts, of whose first token this share is accepted; 0: none. They save no time."),
+    ] = MockConfig().draft_acceptance,
     num_blocks: Annotated[
         int, typer.Option(help="KV memory in blocks. Few blocks make requests wait and be preempted.")
     ] = KV().num_blocks,
@@ -78,6 +82,7 @@ def mock_engine(  # noqa: PLR0917 - Typer makes each parameter an option
         name=model,
         max_model_len=max_model_len,
         world_size=world_size,
+        draft_acceptance=draft_acceptance,
         model=LanguageModel(
             seed=seed,
             mean_length=mean_length,

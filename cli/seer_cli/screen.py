@@ -23,6 +23,7 @@ _WIDE = 120  # columns from which panels and facts stand side by side
 _AIRY = 30  # rows from which sections are set apart
 _LABEL = 10
 _MOST_ID = 30
+_POSITIONS = 3  # of a draft whose acceptance is shown
 _WARN = "dark_orange3"
 _STATE_STYLES = {"up": "green", "closed": _WARN, "down": "bold red"}
 
@@ -143,11 +144,24 @@ def _pool(pool: PoolView) -> Text:
 
 
 def _drafts(drafts: DraftView) -> Text:
+    """What a step brings, the drafter's time in it, what is accepted at the first positions, and how much is off."""
+    step = Text.assemble((f"{drafts.per_step:.2f}", "bold"), (" tokens a step", "dim"))
+    if not drafts.steps:  # not our drafter, which counts more
+        share = f"{drafts.accepted / max(1, drafts.drafted):.0%}"
+        return _fact("drafts", step, Text.assemble((share, "bold"), (" accepted", "dim")))
+    step = Text.assemble(
+        (f"{drafts.per_step:.2f}", "bold"),
+        (" tokens, ", "dim"),
+        (f"{1e3 * drafts.drafter_s / drafts.steps:.2f}", "bold"),
+        (" ms a step", "dim"),
+    )
+    shares = " ".join(f"{share:.0%}" for share in drafts.shares[:_POSITIONS])
+    off = f"{drafts.steps_off / drafts.steps:.0%}"
     return _fact(
         "drafts",
-        Text.assemble((f"{drafts.length:.2f}", "bold"), (" tokens a draft", "dim")),
-        Text.assemble((f"{drafts.accepted / max(1, drafts.generated):.0%}", "bold"), (" of all drafted", "dim")),
-        _count(drafts.switch_offs, "switched off"),
+        step,
+        Text.assemble((shares or "none", "bold"), (" accepted", "dim")),
+        Text.assemble((off, "bold" if drafts.steps_off else "dim"), (f" off ({short(drafts.switch_offs)}x)", "dim")),
     )
 
 

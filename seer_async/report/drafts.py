@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from seer_async.report.drafters import Drafter, GroupDrafts, drafters, group_drafts
+from seer_async.report.draftgain import DraftGain
 from seer_async.report.thin import Point, thin_line
 
 if TYPE_CHECKING:
     from seer_async.report.elapsed import Elapsed
-    from seer_async.report.run import DraftReading, Run
+    from seer_async.report.run import Run
 
 _MOST_POINTS = 300
 _LEAST_DRAFTED = 20  # tokens between two points; a share of fewer is noise
@@ -24,7 +26,7 @@ class Drafts(msgspec.Struct, frozen=True, kw_only=True):
     """Drafting during a run: counts of drafts and tokens, and both rates over time as (seconds, value).
 
     `acceptance` is the share of drafted tokens that was accepted, `lengths` the tokens that a verified draft brought,
-    the bonus token included.
+    the bonus token included. `groups` are those for which enough was drafted to tell, the best first.
     """
 
     verified: int
@@ -33,6 +35,8 @@ class Drafts(msgspec.Struct, frozen=True, kw_only=True):
     generated: int
     acceptance: list[Point]
     lengths: list[Point]
+    engines: list[Drafter]
+    groups: list[GroupDrafts]
 
     @property
     def share(self) -> float:
@@ -50,8 +54,8 @@ def drafts(run: Run, elapsed: Elapsed) -> Drafts | None:
     seen = [(elapsed.at(reading.now), reading.drafts) for reading in run.readings if reading.drafts]
     if not seen:
         return None
-    total = _Sum()
-    recent = _Sum()
+    total = DraftGain()
+    recent = DraftGain()
     acceptance: list[Point] = []
     lengths: list[Point] = []
     for (_, before), (time, now) in pairwise(seen):
@@ -60,7 +64,7 @@ def drafts(run: Run, elapsed: Elapsed) -> Drafts | None:
         if recent.drafted >= _LEAST_DRAFTED and recent.verified:
             acceptance.append((time, recent.accepted / recent.drafted))
             lengths.append((time, 1 + recent.accepted / recent.verified))
-            recent = _Sum()
+            recent = DraftGain()
     return Drafts(
         verified=total.verified,
         drafted=total.drafted,
@@ -68,20 +72,6 @@ def drafts(run: Run, elapsed: Elapsed) -> Drafts | None:
         generated=total.generated,
         acceptance=thin_line(acceptance, _MOST_POINTS),
         lengths=thin_line(lengths, _MOST_POINTS),
+        engines=drafters(run, elapsed),
+        groups=group_drafts(run),
     )
-
-
-class _Sum:
-    """What the counters gained over some readings."""
-
-    def __init__(self) -> None:
-        self.verified = self.drafted = self.accepted = self.generated = 0
-
-    def add(self, before: DraftReading, now: DraftReading) -> None:
-        """Add what came between two readings; counters that fell belong to engines that have started again."""
-        if now.generated < before.generated or now.drafted < before.drafted:
-            return
-        self.verified += now.verified - before.verified
-        self.drafted += now.drafted - before.drafted
-        self.accepted += now.accepted - before.accepted
-        self.generated += now.generated - before.generated

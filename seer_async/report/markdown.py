@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from seer_async.report.drafttables import draft_group_table, drafter_table
 from seer_async.report.facts import facts_of
 from seer_async.report.mark import MARKDOWN
 from seer_async.report.words import count, moment, number, share, visible
@@ -57,6 +58,19 @@ def _run(report: Report) -> Iterator[str]:
     for e in report.timeline.engines:
         shares = (share(e.idle), share(e.kv_mean), share(e.kv_peak))
         yield _row(_safe(e.name), number(e.tokens), *shares, count(e.preemptions))
+    if report.drafts and report.drafts.engines:
+        yield from _table(*drafter_table(report.drafts))
+    if report.drafts and report.drafts.groups:
+        yield from _table(*draft_group_table(report.drafts))
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """A table whose first column is text."""
+    yield ""
+    yield _row(*heads)
+    yield _row("---", *["--:"] * (len(heads) - 1))
+    for row in rows:
+        yield _row(_safe(row[0]), *row[1:])
 
 
 def _row(*cells: str) -> str:

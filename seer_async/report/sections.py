@@ -15,6 +15,7 @@ from seer_async.report.charts import (
     waits_chart,
 )
 from seer_async.report.chunks import matrix
+from seer_async.report.drafttables import draft_group_table, drafter_table
 from seer_async.report.element import Element, element
 from seer_async.report.tables import folded, table
 from seer_async.report.words import count, number, share, visible
@@ -171,6 +172,10 @@ def _drafts(report: Report) -> Iterator[Element]:
             ["Drafts verified", count(drafts.verified)],
         ],
     )
+    if drafts.engines:
+        yield table(*drafter_table(drafts))
+    if drafts.groups:
+        yield folded("The groups that drafts helped most and least", table(*draft_group_table(drafts)))
 
 
 def _settings(report: Report) -> Iterator[Element]:

@@ -103,6 +103,33 @@ def test_drafts_count_from_the_first_reading(tmp_path: Path) -> None:
     assert drafts.lengths == [(2, 4.0), (4, 1.0)]
 
 
+def test_drafting_by_engine_and_group(tmp_path: Path) -> None:
+    """What engine a gained in 10 seconds: 30 of 100 tokens came from drafts, so 70 steps of a request."""
+    before = {"verified": 5, "drafted": 9, "accepted": 2, "generated": 50, "steps": 100, "steps_off": 10,
+              "switch_offs": 1, "drafter_s": 1.0, "drafted_at": [5, 4], "accepted_at": [2]}  # fmt: skip
+    now = {"verified": 25, "drafted": 69, "accepted": 32, "generated": 150, "steps": 150, "steps_off": 20,
+           "switch_offs": 3, "drafter_s": 1.5, "drafted_at": [25, 24, 20], "accepted_at": [12, 12, 8]}  # fmt: skip
+    stock = {"verified": 4, "drafted": 8, "accepted": 6, "generated": 9}
+    metrics = [
+        reading(0, {"a": {}, "b": {}}),
+        reading(2, {"a": {"drafts": before}, "b": {"drafts": dict.fromkeys(stock, 0)}}, drafts=before),
+        reading(12, {"a": {"drafts": now}, "b": {"drafts": stock}}, drafts=now),
+    ]
+    groups = {"g": (20, 60, 30), "h": (20, 60, 45), "few": (1, 3, 3)}
+    path = folder(tmp_path / "r", [sample("g/0", [chunk(0, 5, "a", 0, 12)])], metrics, draft_groups=groups)
+    drafts = report_on(read_run(path)).drafts
+    assert drafts is not None
+    a, b = drafts.engines
+    assert (a.name, a.verified, a.drafted, a.accepted, a.steps, a.steps_off, a.switch_offs) == (
+        "a", 20, 60, 30, 50, 10, 2,
+    )  # fmt: skip
+    assert a.tokens_per_step == pytest.approx(100 / 70)
+    assert a.acceptance == [0.5, 0.6, 0.4]
+    assert (a.step_ms, a.time_share, a.off_share) == (pytest.approx(10), pytest.approx(0.05), 0.2)
+    assert (b.tokens_per_step, b.acceptance, b.steps, b.step_ms, b.off_share) == (3.0, [], None, None, None)
+    assert [(group.id, group.share, group.length) for group in drafts.groups] == [("h", 0.75, 3.25), ("g", 0.5, 2.5)]
+
+
 def test_pauses_are_left_out(tmp_path: Path) -> None:
     samples = [
         sample("g/0", [chunk(0, 10, "a", 0, 2)]),

@@ -66,8 +66,40 @@ def hostile(path: Path) -> Path:
     ]
     samples.append(sample("failed/0", [], "error", error=HOSTILE))
     engines = [{"name": HOSTILE, "url": "http://me:secret@host:1", "info": {"model": HOSTILE, "max_model_len": 100}}]
-    metrics = [reading(i, {HOSTILE: {"kv_used": 0.5}}) for i in range(4)]
-    return folder(path, samples, metrics, run=HOSTILE, dataset=HOSTILE, status=HOSTILE, engines=engines)
+    metrics = [reading(i, {HOSTILE: {"kv_used": 0.5, "drafts": drafted(i)}}, drafts=drafted(i)) for i in range(4)]
+    return folder(
+        path, samples, metrics, run=HOSTILE, dataset=HOSTILE, status=HOSTILE, engines=engines,
+        draft_groups={HOSTILE: (10, 40, 20)},
+    )  # fmt: skip
+
+
+def drafted(times: int) -> dict[str, object]:
+    """Counters that have gained the same so many times: 30 of 80 drafted tokens were right, 120 generated."""
+    counts = {"verified": 20, "drafted": 80, "accepted": 30, "generated": 120, "steps": 50, "steps_off": 5}
+    at = {"drafted_at": [20 * times] * 4, "accepted_at": [15 * times, 10 * times, 5 * times, 0]}
+    return (
+        {name: times * count for name, count in counts.items()} | at | {"switch_offs": times, "drafter_s": times / 20}
+    )
+
+
+def test_drafting_is_told_in_every_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    metrics = [reading(i, {"a": {"drafts": drafted(i)}}, drafts=drafted(i)) for i in range(4)]
+    groups = {f"group-{i:02}": (10, 40, 40 - i) for i in range(20)}
+    path = folder(tmp_path / "r", [sample("g/0", [chunk(0, 5, "a", 0, 3)])], metrics, draft_groups=groups)
+    report = report_on(read_run(path))
+    page, text = html_page([report]), markdown_page([report])
+    check_page(page)
+    assert "| a | 1.33 | 1.00 | 5.0% | 150 | 10% | 3 | 75% | 50% | 25% | 0% |" in text
+    for words in ("Accepted: 1st", "4th", "Best and worst of 20 groups", "group-00", "group-19"):
+        assert words in page
+        assert words in text
+    assert "group-10" not in page + text
+    assert run(monkeypatch, "report", str(path), "--format", "json") == 0
+    (drafts,) = (entry["drafts"] for entry in json.loads(capsysbinary.readouterr().out)["runs"])
+    assert drafts["engines"][0]["acceptance"] == [0.75, 0.5, 0.25, 0.0]
+    assert len(drafts["groups"]) == 20
 
 
 def test_hostile_text_stays_text(tmp_path: Path) -> None:

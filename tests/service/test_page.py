@@ -88,7 +88,7 @@ async def test_the_numbers_are_those_of_the_status(fast: list[MockProcess], tmp_
 @needs_browser
 async def test_it_follows_what_happens(tmp_path: Path, tab: Tab) -> None:
     settings = {"engine": {"telemetry_s": 0.1, "probe_timeout_s": 0.5}}
-    with mock_engines(SLOW) as engines:
+    with mock_engines([*SLOW, "--draft-acceptance", "0.7"]) as engines:
         async with served(engines, tmp_path / "s", **settings) as app, httpx.AsyncClient(base_url=app.url) as client:
             await tab.open(app.url + "/")
             await tab.until(f"{READY} && document.getElementById('v-running').innerText === '0'")
@@ -97,6 +97,9 @@ async def test_it_follows_what_happens(tmp_path: Path, tab: Tab) -> None:
             await tab.until("document.querySelectorAll('#groups .row').length === 4")
             await tab.until("document.querySelectorAll('#tail .row').length === 8")
             await tab.until("document.querySelector('#throughput path') !== null")
+            await tab.until(
+                r"/Accepted by position\s+([\d.]+% ){3}[\d.]+%/.test(document.getElementById('drafts').innerText)"
+            )
             engines[0].kill()
             await tab.until("document.querySelector('#engines .pill.bad') !== null")
             await tab.until("document.getElementById('engines').innerText.includes('Last error')")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import uuid
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
@@ -172,6 +173,12 @@ async def test_routes(vllm_fleet: LocalFleet) -> None:
         assert stats["verified"] > 0
         assert sum(stats["accepted"]) <= sum(stats["drafted"])
         assert stats["server"]["sync_connected"] == 1
+        async with aiohttp.ClientSession(vllm_fleet.urls[0]) as session, session.get("/metrics") as reply:
+            page = await reply.text()
+        for what in ("drafted", "accepted"):  # each group's count, and together no more than all
+            groups = re.findall(rf'^seer:draft_group_tokens_{what}_total{{group=".+"}} (\S+)$', page, re.MULTILINE)
+            assert 0 < len(groups) <= 32
+            assert 0 < sum(map(float, groups)) <= sum(stats[what])
         async with aiohttp.ClientSession(vllm_fleet.urls[1]) as plain:
             for path in ("stats", "config"):
                 async with plain.get(f"/v1/seer/drafts/{path}") as reply:

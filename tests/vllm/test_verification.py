@@ -6,7 +6,7 @@ The model is a table of logits by the last two tokens, so that a whole engine fi
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 
@@ -191,15 +191,36 @@ class TestDistribution:
 
     ROWS = 20_000
     DRAFT = (int(model([1, 2]).topk(2).indices[1]), 9)  # the second likeliest token, and any
+    SETTINGS: ClassVar[dict[str, dict[str, Any]]] = {
+        "plain": {},
+        "cold": {"temperature": 0.6},
+        "top-p": {"top_p": 0.8},
+        "top-k": {"top_k": 6},
+        "presence": {"presence": 1.5},
+        "repetition": {"repetition": 1.5},
+        "all": {"temperature": 0.6, "top_p": 0.8, "top_k": 6, "presence": 0.5, "frequency": 0.5, "repetition": 1.2},
+    }
 
-    def after_draft(self) -> torch.Tensor:
-        return model([2, self.DRAFT[0]])
+    def policy(self, output: list[int], **options: Any) -> torch.Tensor:
+        """The exact probabilities of the token after [1, 2] and `output`, by the options' definitions."""
+        text = [1, 2, *output]
+        logits = model(text)
+        for token in set(text):
+            factor = options.get("repetition", 1.0)
+            logits[token] = logits[token] / factor if logits[token] > 0 else logits[token] * factor
+        for token in set(output):
+            logits[token] -= options.get("presence", 0.0) + options.get("frequency", 0.0) * output.count(token)
+        logits = logits / options.get("temperature", 1.0)
+        logits[logits < logits.topk(options.get("top_k", VOCAB)).values[-1]] = -torch.inf
+        likeliest, order = logits.softmax(-1).sort(descending=True)
+        logits[order[likeliest.cumsum(0) - likeliest >= options.get("top_p", 1.0)]] = -torch.inf
+        return logits.softmax(-1)
 
     def counts(self, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """How often each token came first, and second after the first draft was followed."""
         texts = [[1, 2]] * self.ROWS
         drafts = [list(self.DRAFT)] * self.ROWS
-        rows = torch.stack([model([1, 2]), self.after_draft(), model(self.DRAFT)]).repeat(self.ROWS, 1)
+        rows = torch.stack([model([1, 2]), model([2, self.DRAFT[0]]), model(self.DRAFT)]).repeat(self.ROWS, 1)
         metadata = sampling(texts, [[]] * self.ROWS, drafts, **options)
         flat = torch.tensor(self.DRAFT, dtype=torch.int32).repeat(self.ROWS)
         rejection = rejection_sampler.RejectionSampler(Sampler(logprobs_mode="processed_logprobs"))
@@ -208,20 +229,24 @@ class TestDistribution:
         followed = tokens[tokens[:, 0] == self.DRAFT[0], 1]
         return first, torch.bincount(followed[followed >= 0], minlength=VOCAB)
 
-    @pytest.mark.parametrize("temperature", [1.0, 0.6])
-    def test_it_is_the_policys(self, patched: None, temperature: float) -> None:
+    @pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
+    def test_it_is_the_policys(self, patched: None, options: dict[str, Any]) -> None:
         torch.manual_seed(1)
-        first, second = self.counts(temperature=temperature)
-        assert p_value(first, (model([1, 2]) / temperature).softmax(-1)) > 1e-4
+        first, second = self.counts(**options)
         assert second.sum() > 200
-        assert p_value(second, (self.after_draft() / temperature).softmax(-1)) > 1e-4
+        for counts, output in ((first, []), (second, [self.DRAFT[0]])):
+            policy = self.policy(output, **options)
+            assert not counts[policy == 0].any(), "what top-p and top-k leave out is never drawn"
+            assert p_value(counts, policy) > 1e-4
 
-    def test_the_cpu_stand_in_is_caught(self, patched: None, monkeypatch: pytest.MonkeyPatch) -> None:
-        """With vLLM's own stand-in drafted rows are divided by whatever lay in memory."""
+    @pytest.mark.parametrize("name", ["cold", "top-p", "all"])
+    def test_the_cpu_stand_in_is_caught(self, patched: None, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With vLLM's own stand-in drafted rows get whatever lay in memory for temperature, top-k and top-p."""
         monkeypatch.setattr(rejection_sampler, "expand_batch_to_tokens", stand_in)
+        options = self.SETTINGS[name]
         torch.manual_seed(1)
-        first, _ = self.counts(temperature=0.6)
-        assert p_value(first, (model([1, 2]) / 0.6).softmax(-1)) < 1e-9
+        first, _ = self.counts(**options)
+        assert p_value(first, self.policy([], **options)) < 1e-9
 
 
 def stand_in(x: Any, cu_num_tokens: Any, num_tokens: int, replace_from: float = 0, replace_to: float = 0) -> Any:

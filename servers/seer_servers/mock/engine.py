@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from seer_servers.mock.drafts import DraftCounts
 from seer_servers.mock.flight import Call, Flight, Outcome
 from seer_servers.mock.speed import PrefixCache, Simulation
 
@@ -41,6 +42,7 @@ class MockEngine:
         self.model = config.model
         self.cache = PrefixCache(config.kv)
         self.adapters: dict[str, str] = {}  # paths by name
+        self.drafts = DraftCounts(config.draft_acceptance) if config.draft_acceptance else None
         self.paused = False
         self._loop = asyncio.get_running_loop()
         self._simulation: Simulation[Flight] = Simulation(config.speed, config.kv, self._loop.time())
@@ -189,6 +191,8 @@ class MockEngine:
         self._simulation.remove(flight)
         self._held.pop(flight, None)
         self._ended_tokens += flight.done
+        if self.drafts:
+            self.drafts.add(flight.call.group, flight.done)
         del siblings[flight]
         if not siblings:
             del self._flights[flight.call.id]

@@ -13,7 +13,7 @@ from seer_servers.mock.speed import Job
 class Call(msgspec.Struct, frozen=True, kw_only=True):
     """One validated request. `id` is the engine's name for it; `prefix[:prompt_len]` is the original prompt.
 
-    `adapter` is the name of a LoRA adapter, empty for the model itself.
+    `adapter` is the name of a LoRA adapter, empty for the model itself; `group` says whose sibling it is.
     """
 
     id: str
@@ -22,6 +22,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     sampling: Sampling
     cache_salt: str | None = None
     adapter: str = ""
+    group: str = ""
 
 
 class VersionSpan(msgspec.Struct, frozen=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from seer_servers.mock.drafts import DraftCounts
     from seer_servers.mock.engine import MockEngine
 
 
@@ -26,7 +27,27 @@ def prometheus_text(engine: MockEngine) -> str:
         ("vllm:cache_config_info", "gauge", info, 1),
         ("process_start_time_seconds", "gauge", "", engine.started),
     ]
+    samples += _drafts(engine.drafts, labels) if engine.drafts else []
     return "".join(_sample(*sample) for sample in samples)
+
+
+def _drafts(drafts: DraftCounts, labels: str) -> list[tuple[str, str, str, float]]:
+    """Speculation: vLLM's counters, and the plug-in's."""
+    page = drafts.page()
+    totals = {"num_drafts": "verified", "num_draft_tokens": "drafted", "num_accepted_tokens": "accepted"}
+    plain = ("steps", "steps_off", "switch_offs", "draft_s")
+    return [
+        *(
+            (f"vllm:spec_decode_{name}_total", "counter", labels, page[key] if key == "verified" else sum(page[key]))
+            for name, key in totals.items()
+        ),
+        *((f"seer:draft_{name}_total", "counter", "", page[name]) for name in plain),
+        *(
+            (f"seer:draft_tokens_{name}_total", "counter", f'position="{position}"', count)
+            for name in ("drafted", "accepted")
+            for position, count in enumerate(page[name])
+        ),
+    ]
 
 
 def _sample(name: str, kind: str, labels: str, value: float) -> str:

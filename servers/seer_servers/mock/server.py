@@ -110,6 +110,7 @@ class MockServer:
                 web.post("/inference/v1/abort_requests", self._abort_named),
                 web.get("/v1/seer/info", self._seer_info),
                 web.get("/v1/seer/tokenizer", self._seer_tokenizer),
+                web.get("/v1/seer/drafts/stats", self._draft_stats),
                 *scale_out_routes(self.engine),
                 web.get("/mock/faults", self._get_faults),
                 web.post("/mock/faults", self._set_faults),
@@ -280,7 +281,7 @@ class MockServer:
                 "vocab_size": self.config.model.vocab_size,
                 "logprobs_mode": "raw_logprobs",
                 "runner": "v1",
-                "capabilities": ["position_seeds", "continuation"],
+                "capabilities": ["position_seeds", "continuation", *(["drafts"] if self.engine.drafts else [])],
                 "weight_version": self.engine.model.version,
             }
         )
@@ -288,6 +289,11 @@ class MockServer:
     async def _seer_tokenizer(self, _request: web.Request) -> web.Response:
         tokenizer = byte_tokenizer(self.config.model.vocab_size)
         return web.Response(body=tokenizer.to_str().encode(), headers=_JSON)
+
+    async def _draft_stats(self, _request: web.Request) -> web.Response:
+        if self.engine.drafts is None:
+            raise ApiError(404, "NotFoundError", "This engine was started without drafting.")
+        return _json(self.engine.drafts.page())
 
     async def _get_faults(self, _request: web.Request) -> web.Response:
         return _json({"active": self.faults.active, "fired": self.faults.fired, "known": DESCRIPTIONS})

@@ -59,6 +59,7 @@ class _SeerArgs(msgspec.Struct):
     """Seer's own arguments, in the place vLLM has for plug-ins."""
 
     seer_prompt_len: _Positive | None = None
+    seer_group: str = ""
 
 
 class _GenerateParams(Params, kw_only=True):
@@ -165,6 +166,7 @@ def _call(
         prompt_len=prompt_len,
         cache_salt=body.cache_salt,
         adapter=body.model if body.model in engine.adapters else "",
+        group=seer.seer_group if seer else "",
         sampling=Sampling(
             seed=_seed(params, engine),
             max_tokens=max_tokens,

@@ -21,8 +21,9 @@ from seer_servers.plugin.draft_stats import read_page
 router = APIRouter(prefix="/v1/seer/drafts")
 
 MAX_TOKENS = 1 << 20  # in one update
+GROUPS_SHOWN = 32  # on /metrics
 _GAUGES = {"groups", "tokens"}
-_BY_POSITION = ("drafted", "accepted")
+_TOKENS = ("drafted", "accepted")  # by position, and in this order behind the drafts of a group
 
 
 class RegisterBody(BaseModel):
@@ -62,19 +63,28 @@ def draft_client(config: VllmConfig) -> DraftClient | None:
 
 
 class DraftMetrics:
-    """The drafter's counts on the engine's own /metrics, as `seer:draft_...`; a Prometheus collector."""
+    """The drafter's counts on the engine's own /metrics, as `seer:draft_...`; a Prometheus collector.
+
+    Groups come and go, and each is a series of its own: only the latest few are here. `/stats` has more of them.
+    """
 
     def describe(self) -> list[Any]:
         """Promise no names, so that registering does not look for the page."""
         return []
 
     def collect(self) -> Any:
-        """Yield one metric for each number, and one by position for drafted and accepted tokens."""
+        """Yield one metric for each number, and one by position and by group for drafted and accepted tokens."""
         page = read_page() or {}
-        for name in _BY_POSITION:
+        for name in _TOKENS:
             metric = CounterMetricFamily(f"seer:draft_tokens_{name}", f"Draft tokens {name}", labels=["position"])
             for position, count in enumerate(page.get(name, ())):
                 metric.add_metric([str(position)], count)
+            yield metric
+        groups = list(page.get("by_group", {}).items())[-GROUPS_SHOWN:]
+        for column, name in enumerate(_TOKENS, 1):
+            metric = CounterMetricFamily(f"seer:draft_group_tokens_{name}", f"Draft tokens {name}", labels=["group"])
+            for group, counts in groups:
+                metric.add_metric([group], counts[column])
             yield metric
         for name, value in page.items():
             if isinstance(value, int | float):
