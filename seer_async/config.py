@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from seer_async.errors import ConfigError
+from seer_async.address import require_distinct
+from seer_async.errors import ConfigError, UsageError
 from seer_async.sampling import REFUSED, Sampling
 
 if TYPE_CHECKING:
@@ -147,6 +148,10 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             not (self.servers and self.file),
             "fleet.servers (--server) and fleet.file (--fleet) both name engines: give one of them",
         )
+        try:
+            require_distinct(self.servers)
+        except UsageError as error:
+            raise ConfigError(f"fleet.servers (--server): {error}") from None
         _require(self.engines >= 1, "fleet.engines must be at least 1")
         _require(self.kv_pool in _POOLS, f"fleet.kv_pool must be one of {', '.join(_POOLS)}")
         _require(self.draft in _DRAFTS, f"fleet.draft must be one of {', '.join(_DRAFTS)}")

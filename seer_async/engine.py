@@ -175,6 +175,7 @@ class EngineClient:
         metrics = Metrics(await self._request("GET", "/metrics", None, None))
         return EngineInfo(
             boot=metrics.boot,
+            process=said.boot_id,
             model=said.model,
             aliases=said.aliases,
             root=said.root,
@@ -202,6 +203,7 @@ class EngineClient:
         assert model.max_model_len is not None
         return EngineInfo(
             boot=metrics.boot,
+            process=metrics.process,
             model=model.id,
             aliases=tuple(other.id for other in models.data[1:] if other.parent is None),
             root=model.root,

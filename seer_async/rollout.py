@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from tokenizers import Tokenizer
 
+from seer_async.address import require_distinct
 from seer_async.core import Core
 from seer_async.engine import EngineClient, engine_session
 from seer_async.errors import DatasetError, EngineError, FailureKind, FleetError, StorageError, UsageError
@@ -76,9 +77,11 @@ class Fleet:
 
         Raises:
             FleetError: None can be used; says why for each.
+            UsageError: Two URLs are of one server, which only its answers tell.
         """
         reasons = await asyncio.gather(*(self._attach(name) for name in self.clients))
         self.missing = {name: reason for name, reason in zip(self.clients, reasons, strict=True) if reason}
+        self._require_distinct()
         if not self.attached:
             said = "; ".join(f"{self.clients[name].url}: {reason}" for name, reason in self.missing.items())
             raise FleetError(f"no usable engine: {said}")
@@ -89,19 +92,36 @@ class Fleet:
             info = await self.clients[name].attach(timeout_s=engine.probe_timeout_s, trial_timeout_s=TRIAL_TIMEOUT_S)
         except EngineError as error:
             return str(error)
-        if reason := self.objection(info):
-            return reason
-        self.attached[name] = info
-        return None
+        return self.accept(name, info)
 
-    def objection(self, info: EngineInfo) -> str | None:
-        """Why an engine cannot take part, or None."""
+    def accept(self, name: str, info: EngineInfo) -> str | None:
+        """Take an engine that was attached into the fleet; returns why it cannot take part, or None."""
+        reason = self.objection(name, info)
+        if reason is None:
+            self.attached[name] = info
+        return reason
+
+    def _require_distinct(self) -> None:
+        for name in self.missing:
+            client = self.clients[name]
+            if client.info and (twin := self.twin(name, client.info)):
+                raise UsageError(f"{twin} and {client.url} are the same server: give it once")
+
+    def twin(self, name: str, info: EngineInfo) -> str | None:
+        """The URL at which this server process is in the fleet already, under another name; as far as servers say."""
+        others = (other for other, its in self.attached.items() if other != name and info.process == its.process != "")
+        return next((self.clients[other].url for other in others), None)
+
+    def objection(self, name: str, info: EngineInfo) -> str | None:
+        """Why an engine cannot take part under this name, or None."""
         missing = self._config.sampling.required_capabilities - info.capabilities
         if self._divided and missing:
             return (
                 "presence_penalty, frequency_penalty and bad_words look back over chunk borders, which this server "
                 "cannot do; start it with VLLM_PLUGINS=seer, or send responses undivided with --chunk-size 0"
             )
+        if twin := self.twin(name, info):
+            return f"it is the same server as {twin}"
         other = next(iter(self.attached.values()), None)
         if other is not None and other.model != info.model:
             return f"it serves {info.model!r}, other engines {other.model!r}; a run needs one model"
@@ -217,7 +237,11 @@ def _where(prompt: Prompt) -> str:
 
 @asynccontextmanager
 async def open_fleet(config: Config, urls: Sequence[str]) -> AsyncIterator[Fleet]:
-    """Clients of the engines at `urls`, named engine-0, engine-1, ..."""
+    """Clients of the engines at `urls`, named engine-0, engine-1, ...
+
+    Raises:
+        UsageError: A URL is wrong, two are the same, or the API key is missing.
+    """
     key = None
     if config.engine.api_key_env:
         key = os.environ.get(config.engine.api_key_env)
@@ -225,6 +249,7 @@ async def open_fleet(config: Config, urls: Sequence[str]) -> AsyncIterator[Fleet
             raise UsageError(
                 f"engine.api_key_env names {config.engine.api_key_env}, which is not set in the environment"
             )
+    require_distinct(urls)
     async with engine_session() as session:
         yield Fleet(urls, lambda url: EngineClient(url, session, api_key=key), config)
 
@@ -263,7 +288,7 @@ class Rollout:
             folder,
             clock=self._clock,
             tracer=self._trace,
-            accepts=lambda _, info: fleet.objection(info),
+            accepts=fleet.accept,
             watch=watch,
         )
 

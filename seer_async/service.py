@@ -168,7 +168,7 @@ class Service:
             lasting=True,
         )
         self._info = self.fleet.info
-        self._shell = Shell(self.core, self.fleet.clients, self._desk, clock=self._clock, accepts=self.objection)
+        self._shell = Shell(self.core, self.fleet.clients, self._desk, clock=self._clock, accepts=self._accept)
         self._loop_task = asyncio.create_task(self._shell.run(self.fleet.attached), name="service")
         self._loop_task.add_done_callback(lambda _: self._desk.end())
         await asyncio.sleep(0)
@@ -365,7 +365,10 @@ class Service:
 
     def objection(self, name: str, info: EngineInfo) -> str | None:
         """Why an engine must not sample, or None."""
-        return self.fleet.objection(info) or self.gate(name, info)
+        return self.fleet.objection(name, info) or self.gate(name, info)
+
+    def _accept(self, name: str, info: EngineInfo) -> str | None:
+        return self.gate(name, info) or self.fleet.accept(name, info)
 
     def check_engines(self) -> None:
         """Ask the gate about all engines, because its answers may have changed."""

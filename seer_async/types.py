@@ -139,13 +139,15 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine is, learned when it is attached; constant during one epoch, except the weight version.
 
-    `boot` identifies the process: a changed value is a new epoch. `aliases` are other names of `model`. `num_blocks` KV
-    blocks of `block_size` tokens. `shares_prefixes` says that sequences which begin alike share KV blocks (vLLM's
-    prefix caching). `kv_pool` names the pool it shares KV through, "kind:id"; engines that share one have the same
-    name. `max_logprobs` is the most alternatives it gives for a token.
+    `boot` tells one life of the server from the next: a changed value is a new epoch. `process` names that life among
+    all servers, however they are reached; it is empty where a server does not say. `aliases` are other names of
+    `model`. `num_blocks` KV blocks of `block_size` tokens. `shares_prefixes` says that sequences which begin alike
+    share KV blocks (vLLM's prefix caching). `kv_pool` names the pool it shares KV through, "kind:id"; engines that
+    share one have the same name. `max_logprobs` is the most alternatives it gives for a token.
     """
 
     boot: str
+    process: str = ""
     model: str
     aliases: tuple[str, ...] = ()
     root: str | None = None

@@ -269,8 +269,8 @@ class TestFleetFile:
             ('{"engines": [{"name": "a"}]}', "missing required field `url`"),
             ('{"servers": []}', "missing required field `engines`"),
             ("[]", "lists no engine"),
-            ('["http://a:1", "a:2"]', "engine 1: 'a:2' is no URL like http://10.0.0.1:8000"),
-            ('["http://a:1", "http://a:1"]', "engine 1: http://a:1 is listed twice"),
+            ('["http://a:1", "a:2"]', "'a:2' is no URL that starts with http:// or https://"),
+            ('["http://a:1", "http://a:1"]', "http://a:1 and http://a:1 are the same server"),
             ("[" * 5000, "it must be a JSON list of URLs"),
         ],
     )

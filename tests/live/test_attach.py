@@ -1,0 +1,59 @@
+"""Attaching engines: what they say of themselves decides whether they can sample together."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+
+from seer_async.errors import UsageError
+from seer_async.types import Prompt
+from seer_servers.mock import MockServer
+from tests.live.engines import mock_engines
+from tests.mock_http import INSTANT
+from tests.runs import roll
+from tests.service.server import served
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+PROMPTS = [Prompt(id="g", token_ids=[5, 6, 7])]
+
+
+@asynccontextmanager
+async def two_addresses() -> AsyncIterator[list[str]]:
+    """The URLs of one engine that listens twice, as one behind two host names does."""
+    server = MockServer(INSTANT)
+    runners = [await server.start() for _ in range(2)]
+    try:
+        yield [url for _, url in runners]
+    finally:
+        for runner, _ in runners:
+            await runner.cleanup()
+
+
+async def test_one_server_under_two_names_is_refused(tmp_path: Path) -> None:
+    async with two_addresses() as (first, second):
+        with pytest.raises(UsageError) as raised:
+            await roll(tmp_path / "run", [first, second], PROMPTS, {})
+    assert str(raised.value) in {
+        f"{a} and {b} are the same server: give it once" for a, b in ((first, second), (second, first))
+    }
+    assert not (tmp_path / "run").exists()
+
+
+async def test_a_service_takes_no_server_under_a_second_name() -> None:
+    with mock_engines([]) as engines:
+        async with two_addresses() as (first, second), served(engines) as (_, client):
+            assert (await client.post("/workers", json={"url": first})).status_code == 200
+            again = await client.post("/workers", json={"url": first.replace("127.0.0.1", "localhost") + "/"})
+            assert again.json()["name"] == "engine-1"
+            while (await client.get("/workers/engine-1")).json()["state"] != "UP":
+                await asyncio.sleep(0.05)
+            refused = await client.post("/workers", json={"url": second})
+            assert refused.status_code == 400
+            assert f"{second} is the same server as {first}" in refused.text
+            assert len((await client.get("/workers")).json()["workers"]) == 2
