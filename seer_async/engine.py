@@ -15,7 +15,7 @@ import msgspec
 
 from seer_async.errors import EngineError, FailureKind
 from seer_async.telemetry import Metrics
-from seer_async.types import EngineInfo, EngineStats
+from seer_async.types import UNKNOWN_VERSION, EngineInfo, EngineStats
 from seer_async.wire import CallSpec, dialect_for
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class _SeerInfo(msgspec.Struct):
     vocab_size: int | None = None
     logprobs_mode: str | None = None
     max_logprobs: int = 20
-    weight_version: str = "unknown"
+    weight_version: str = UNKNOWN_VERSION
     capabilities: list[str] = []
     kv_pool: str | None = None
 
@@ -211,7 +211,7 @@ class EngineClient:
             block_size=metrics.cache_int("block_size"),
             num_blocks=metrics.cache_int("num_gpu_blocks"),
             shares_prefixes=metrics.shares_prefixes,
-            weight_version=await self._weight_version(None) or "unknown",
+            weight_version=await self._weight_version(None) or UNKNOWN_VERSION,
         )
 
     async def _weight_version(self, timeout_s: float | None) -> str | None:

@@ -25,8 +25,10 @@ from seer_async.lengths import lengths_for
 from seer_async.policies import find_policy
 from seer_async.shell import TRIAL_TIMEOUT_S, Clock, Shell
 from seer_async.snapshot import Snapshot, take_snapshot
+from seer_async.tally import Effort, Tally, effort_of
 from seer_async.text import load_tokenizer
 from seer_async.trace import TraceWriter
+from seer_async.types import UNKNOWN_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
@@ -43,11 +45,10 @@ _TOKENIZER_TIMEOUT_S = 10.0  # of one engine: one that hangs must not use up the
 _FLUSH_S = 10.0
 
 
-class Result(msgspec.Struct, frozen=True, kw_only=True):
+class Ending(msgspec.Struct, frozen=True, kw_only=True):
     """How a rollout ended: `reason` is "done", "drained", "aborted" or "no_engine"; `summary` is that of run.json."""
 
     reason: str
-    snapshot: Snapshot
     summary: dict[str, Any]
     path: str
 
@@ -58,7 +59,13 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
             return FleetError.exit_code
         if self.reason != "done":
             return 130
-        return 3 if self.snapshot.failed else 0
+        return 3 if self.summary["failed"] else 0
+
+
+class Result(Ending, frozen=True, kw_only=True):
+    """The same of a rollout that has just been done; `snapshot` is its last moment, and knows of its last part only."""
+
+    snapshot: Snapshot
 
 
 class Fleet:
@@ -72,11 +79,11 @@ class Fleet:
         self._config = config
         self._divided = config.rollout.chunk_size > 0 and find_policy(config.scheduler.policy).divided
 
-    async def attach(self) -> None:
-        """Attach every engine that answers.
+    async def attach(self, *, mixed: bool = False) -> None:
+        """Attach every engine that answers; `mixed` allows their weights to differ, as does `rollout.mixed_versions`.
 
         Raises:
-            FleetError: None can be used; says why for each.
+            FleetError: None can be used, or their weights differ; says why for each.
             UsageError: Two URLs are of one server, which only its answers tell.
         """
         reasons = await asyncio.gather(*(self._attach(name) for name in self.clients))
@@ -85,6 +92,18 @@ class Fleet:
         if not self.attached:
             said = "; ".join(f"{self.clients[name].url}: {reason}" for name, reason in self.missing.items())
             raise FleetError(f"no usable engine: {said}")
+        if not mixed and self._config.rollout.mixed_versions == "restart":
+            self._require_one_version()
+
+    def _require_one_version(self) -> None:
+        """Samples of two weight versions are no sample of one policy, although each is on-policy by itself."""
+        versions = {name: self.attached[name].weight_version for name in self.clients if name in self.attached}
+        if len(set(versions.values()) - {UNKNOWN_VERSION}) > 1:
+            said = ", ".join(f"{self.clients[name].url} has {version}" for name, version in versions.items())
+            raise FleetError(
+                f"the engines' weights differ: {said}; give all the same, leave engines out, or allow it with "
+                "--set rollout.mixed_versions=mark"
+            )
 
     async def _attach(self, name: str) -> str | None:
         engine = self._config.engine
@@ -288,9 +307,17 @@ class Rollout:
             folder,
             clock=self._clock,
             tracer=self._trace,
-            accepts=fleet.accept,
+            accepts=self._accept,
             watch=watch,
         )
+
+    def _accept(self, name: str, info: EngineInfo) -> str | None:
+        """An engine that comes back with other weights than are sampled from gets nothing until it has those."""
+        sampled = {each.version for each in self.core.instances.values() if each.up} - {UNKNOWN_VERSION}
+        strange = info.weight_version not in {*sampled, UNKNOWN_VERSION}
+        if sampled and strange and self._config.rollout.mixed_versions == "restart":
+            return f"it has weight version {info.weight_version}, others {', '.join(sorted(sampled))}"
+        return self._fleet.accept(name, info)
 
     def _open_trace(self) -> TraceWriter:
         path = self._folder.path / "trace.json"
@@ -341,9 +368,10 @@ class Rollout:
 
     def _close(self, reason: str, snapshot: Snapshot, seconds: float) -> None:
         info = self._folder.info
-        info.status, info.ended, info.on_policy = reason, time.time(), self.core.policy.unbiased
+        info.status, info.ended = reason, time.time()
+        info.on_policy = self.core.policy.unbiased and self._folder.tally.on_policy
         info.engines = [_engine_entry(name, client) for name, client in self._fleet.clients.items()]
-        info.summary = summarise(snapshot, seconds)
+        info.summary = summarise(snapshot, info.earlier + effort_of(snapshot, seconds), self._folder.tally)
         try:
             if self._trace:
                 self._trace.close()
@@ -355,21 +383,18 @@ class Rollout:
                 raise
 
 
-def summarise(snapshot: Snapshot, seconds: float) -> dict[str, Any]:
-    """The figures a run is judged by; `seconds` is the time since it was started or resumed."""
-    generated = sum(view.generated for view in snapshot.engines)
+def summarise(snapshot: Snapshot, effort: Effort, tally: Tally) -> dict[str, Any]:
+    """The figures a run is judged by, of all its parts; `generated` counts tokens that were thrown away, too."""
     return {
         "samples": snapshot.total,
         "done": snapshot.done,
         "failed": snapshot.failed,
+        "first_error": tally.first_error,
+        "off_policy": tally.off_policy,
+        "weight_versions": tally.weight_versions,
         "tokens": snapshot.tokens,
-        "seconds": round(seconds, 3),
-        "tokens_per_second": round(generated / seconds, 1) if seconds else 0.0,
-        "migrations": snapshot.migrations,
-        "retries": snapshot.retries,
-        "restarts": snapshot.restarts,
-        "preemptions": snapshot.preemptions,
-        "pooled_tokens": snapshot.pool.loaded if snapshot.pool else 0,
+        "tokens_per_second": effort.tokens_per_second,
+        **msgspec.structs.asdict(effort),
     }
 
 

@@ -154,7 +154,7 @@ class Service:
     async def __aenter__(self) -> Self:
         try:
             self.fleet: Fleet = await self._stack.enter_async_context(open_fleet(self.config, self._urls))
-            await self.fleet.attach()
+            await self.fleet.attach(mixed=True)  # the core samples from one version at a time
             self.tokenizer = await self.fleet.tokenizer()
         except BaseException:
             await self._stack.aclose()

@@ -11,6 +11,8 @@ from typing import Any
 
 import msgspec
 
+UNKNOWN_VERSION = "unknown"  # of an engine that does not name its weights
+
 
 class Message(msgspec.Struct, frozen=True):
     """One chat message."""
@@ -158,7 +160,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     vocab_size: int | None = None
     logprobs_mode: str | None = None
     max_logprobs: int = 20
-    weight_version: str = "unknown"
+    weight_version: str = UNKNOWN_VERSION
     capabilities: frozenset[str] = frozenset()
     shares_prefixes: bool = False
     kv_pool: str | None = None

@@ -19,9 +19,10 @@ from seer_async.dataset import default_dataset, read_dataset
 from seer_async.errors import UsageError
 from seer_async.lengths import lengths_for
 from seer_async.policies import find_policy, policy_names
-from seer_async.rollout import Rollout, open_fleet
+from seer_async.rollout import Ending, Rollout, open_fleet
 from seer_async.runfolder import RunFolder, require_fresh
 from seer_async.types import Prompt
+from seer_cli.closing import closing_words
 from seer_cli.display import make_display
 from seer_cli.engines import local_pool, local_spec, require_vllm
 from seer_cli.options import config_from, given
@@ -276,11 +277,11 @@ def _check_display(display: str | None) -> None:
 
 
 def _check_resume_options(given_elsewhere: bool, options: Mapping[str, Any]) -> None:  # noqa: FBT001 - one caller
-    if given_elsewhere or any(value for path, value in options.items() if not path.startswith("fleet.")):
+    if given_elsewhere or given(options).keys() - {"fleet"}:
         raise UsageError("--resume takes the run's own prompts and settings; only engine options go with it")
 
 
-async def _fresh(plan: _Plan, display: Display) -> Result:
+async def _fresh(plan: _Plan, display: Display) -> Ending:
     """A new run from start to end."""
     config = plan.config
     with display:
@@ -292,17 +293,27 @@ async def _fresh(plan: _Plan, display: Display) -> Result:
             return await _roll(Rollout(folder, fleet, tokenizer, watch=display.update), folder, display)
 
 
-async def _resumed(path: Path, options: Mapping[str, Any], display: Display) -> Result:
+async def _resumed(path: Path, options: Mapping[str, Any], display: Display) -> Ending:
     """An interrupted run, from where its journal ends."""
     folder, records, emitted = RunFolder.resume(path)
-    folder.info.config = merge(folder.info.config, _instead(given(options)))
     with display:
+        if folder.ended:
+            folder.close()
+            return _nothing_left(folder, display)
+        folder.info.config = merge(folder.info.config, _instead(given(options)))
         async with engine_urls(folder.config, path, display) as urls, open_fleet(folder.config, urls) as fleet:
             tokenizer = await _attached(fleet, display)
             folder.check_model(fleet.info.model)
             display.phase(f"resuming: {len(emitted)} of {folder.info.samples} samples are there already")
             rollout = Rollout(folder, fleet, tokenizer, watch=display.update)
             return await _roll(rollout, folder, display, records, frozenset(emitted))
+
+
+def _nothing_left(folder: RunFolder, display: Display) -> Ending:
+    assert folder.info.summary is not None
+    ending = Ending(reason="done", summary=folder.info.summary, path=str(folder.path))
+    display.finish(["nothing is left to do: the run has ended", *closing_words(ending)])
+    return ending
 
 
 def _instead(options: Tree) -> Tree:
@@ -337,7 +348,7 @@ async def _roll(
             result = await rollout.run(records, emitted)
     finally:
         folder.close()
-    display.finish(_closing_words(result))
+    display.finish(closing_words(result))
     return result
 
 
@@ -380,22 +391,3 @@ async def engine_urls(config: Config, run_dir: Path, display: Display) -> AsyncI
     pool = local_pool(config.fleet, spec, run_dir)
     async with LocalFleet(spec, config.fleet.engines, run_dir, pool=pool, say=display.phase) as fleet:
         yield fleet.urls
-
-
-def _closing_words(result: Result) -> list[str]:
-    summary = result.summary
-    words = [
-        f"{summary['done']} of {summary['samples']} samples, {summary['failed']} failed",
-        f"{summary['tokens']} tokens, {summary['seconds']:.1f} s, {summary['tokens_per_second']:.0f} tokens/s",
-        f"samples in {result.path}/samples.jsonl",
-    ]
-    if result.reason != "done":
-        words.append(f"{_REASONS[result.reason]}; go on with: seer rollout --resume {result.path}")
-    return words
-
-
-_REASONS = {
-    "drained": "interrupted after the chunks in flight",
-    "aborted": "interrupted",
-    "no_engine": "no usable engine was left",
-}

@@ -35,7 +35,11 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (["--display", "loud"], 2, "--display must be"),
         (["none.jsonl"], 2, "cannot read dataset none.jsonl"),
         (["--config", "none.toml"], 2, "cannot read config none.toml"),
-        (["--resume", "nowhere"], 5, "cannot be resumed"),
+        (["--resume", "nowhere"], 2, "cannot be resumed"),
+        (["--resume", "nowhere", "--temperature", "0"], 2, "only engine options go with it"),
+        (["--resume", "nowhere", "--seed", "0"], 2, "only engine options go with it"),
+        (["--resume", "nowhere", "--chunk-size", "0"], 2, "only engine options go with it"),
+        (["--server", "http://localhost:1", "--server", "http://127.0.0.1:1/"], 2, "are the same server: give it once"),
         (["--resume", "nowhere", "-n", "3"], 2, "only engine options go with it"),
     ],
 )
