@@ -45,7 +45,9 @@ class Metrics:
         if name in self._sums:
             return self._sums[name]
         if default is None:
-            raise EngineError(FailureKind.BAD_REPLY, f"/metrics has no {name}: is this a vLLM server with metrics on?")
+            raise EngineError(
+                FailureKind.BAD_REPLY, f"/metrics has no {name}: its metrics are off, or it is no vLLM server"
+            )
         return default
 
     def mean(self, name: str) -> float:
@@ -71,9 +73,7 @@ class Metrics:
         try:
             return int(self.cache[name])
         except (KeyError, ValueError):
-            raise EngineError(
-                FailureKind.BAD_REPLY, f"/metrics says nothing usable about {name}: is this a vLLM server?"
-            ) from None
+            raise EngineError(FailureKind.BAD_REPLY, f"/metrics says nothing usable about {name}") from None
 
     @property
     def shares_prefixes(self) -> bool:

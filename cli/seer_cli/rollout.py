@@ -24,7 +24,7 @@ from seer_async.runfolder import RunFolder, require_fresh
 from seer_async.types import Prompt
 from seer_cli.closing import closing_words
 from seer_cli.display import make_display
-from seer_cli.engines import local_pool, local_spec, require_vllm
+from seer_cli.engines import local_pool, local_spec, refuse_unused, require_model, require_vllm
 from seer_cli.options import config_from, given
 from seer_cli.output import machine_errors, print_json
 from seer_cli.process import calm_gc
@@ -217,7 +217,9 @@ def rollout(
             _check_resume_options(bool(given_elsewhere), options)
             job = _resumed(resume, options, make_display(display or ("none" if json else None)))
         else:
-            plan = _planned(config_from(config, set_ or [], options), dataset or default_dataset(), limit, out)
+            resolved = config_from(config, set_ or [], options)
+            refuse_unused(resolved.fleet, options)
+            plan = _planned(resolved, dataset or default_dataset(), limit, out)
             if dry_run:
                 plan.show(as_json=json)
                 return
@@ -263,6 +265,8 @@ def _planned(config: Config, dataset: Path, limit: int | None, out: Path | None)
     prompts = read_dataset(dataset, limit)
     out = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
     require_fresh(out)
+    if not (config.fleet.servers or config.fleet.file):
+        require_model(config.fleet.model)
     policy = find_policy(config.scheduler.policy)
     if not lengths_for(config, prompts) and policy.needs_lengths:
         raise UsageError(
@@ -301,6 +305,7 @@ async def _resumed(path: Path, options: Mapping[str, Any], display: Display) -> 
             folder.close()
             return _nothing_left(folder, display)
         folder.info.config = merge(folder.info.config, _instead(given(options)))
+        refuse_unused(folder.config.fleet, options)
         async with engine_urls(folder.config, path, display) as urls, open_fleet(folder.config, urls) as fleet:
             tokenizer = await _attached(fleet, display)
             folder.check_model(fleet.info.model)
@@ -321,6 +326,8 @@ def _instead(options: Tree) -> Tree:
     fleet = options.get("fleet", {})
     if "file" in fleet and "servers" not in fleet:
         return merge(options, {"fleet": {"servers": []}})
+    if fleet.keys() & {"engines", "model"} and "servers" not in fleet:
+        return merge({"fleet": {"servers": [], "file": None}}, options)
     return merge(options, {"fleet": {"file": None}}) if "servers" in fleet else options
 
 
@@ -382,6 +389,7 @@ async def engine_urls(config: Config, run_dir: Path, display: Display) -> AsyncI
     if config.fleet.servers or config.fleet.file:
         yield config.fleet.servers or fleet_urls(str(config.fleet.file))
         return
+    require_model(config.fleet.model)
     require_vllm()
     from seer_servers.fleet import LocalFleet  # noqa: PLC0415 - only where engines are started
 

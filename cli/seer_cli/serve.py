@@ -10,6 +10,7 @@ import typer
 import uvloop
 
 from seer_cli.display import make_display
+from seer_cli.engines import refuse_unused
 from seer_cli.options import config_from
 from seer_cli.process import calm_gc
 from seer_cli.rollout import engine_urls
@@ -131,6 +132,7 @@ def serve(
         "fleet.draft": draft,
     }
     resolved = config_from(config, set_ or [], options)
+    refuse_unused(resolved.fleet, options)
     raise_file_limit()
     Keys(resolved.serve)  # a wrong host or key is found before engines are started
     uvloop.run(_run(resolved))

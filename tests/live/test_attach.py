@@ -7,8 +7,9 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import pytest
+from aiohttp import web
 
-from seer_async.errors import UsageError
+from seer_async.errors import FleetError, UsageError
 from seer_async.types import Prompt
 from seer_servers.mock import MockServer
 from tests.live.engines import mock_engines
@@ -43,6 +44,47 @@ async def test_one_server_under_two_names_is_refused(tmp_path: Path) -> None:
         f"{a} and {b} are the same server: give it once" for a, b in ((first, second), (second, first))
     }
     assert not (tmp_path / "run").exists()
+
+
+@asynccontextmanager
+async def some_server(status: int, body: bytes) -> AsyncIterator[str]:
+    """The URL of a server that gives the same answer to everything."""
+
+    async def answer(_: web.Request) -> web.Response:
+        return web.Response(status=status, body=body)
+
+    app = web.Application()
+    app.router.add_route("*", "/{tail:.*}", answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "says"),
+    [
+        (404, b"\n<!DOCTYPE HTML><p>Nothing matches the given URI.", "answered 404: a page for people; is this a vLLM"),
+        (404, b"\x1b]0;owned\x07\x1b[2J" + b"x" * 10_000, "is this a vLLM server? Give its base URL, like http://host"),
+        (404, b'{"error": {"message": "\\u001b[2J\\u202e"}}', "answered 404: \ufffd[2J\ufffd; is this a vLLM server?"),
+        (200, b"<html>", "is this a vLLM server? Give its base URL, like http://host:8000"),
+        (200, b'{"data": [{"id": "m"}]}', "is this a vLLM server? Give its base URL, like http://host:8000"),
+        (401, b'{"error": "Unauthorized"}', "Unauthorized; name the environment variable that holds its API key"),
+        (500, b"\x9b2J", "answered 500: "),
+    ],
+)
+async def test_other_servers_are_told_from_vllm(tmp_path: Path, status: int, body: bytes, says: str) -> None:
+    async with some_server(status, body) as url:
+        with pytest.raises(FleetError) as raised:
+            await roll(tmp_path / "run", [url], PROMPTS, {})
+    said = str(raised.value)
+    assert says in said
+    assert said.isprintable()
+    assert len(said) < 600
 
 
 async def test_a_service_takes_no_server_under_a_second_name() -> None:

@@ -39,6 +39,18 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (["--resume", "nowhere", "--temperature", "0"], 2, "only engine options go with it"),
         (["--resume", "nowhere", "--seed", "0"], 2, "only engine options go with it"),
         (["--resume", "nowhere", "--chunk-size", "0"], 2, "only engine options go with it"),
+        (
+            ["--server", "http://a:1", "--engines", "2"],
+            2,
+            "--engines is for engines that are started here, and --server",
+        ),
+        (["--server", "http://a:1", "--model", "m"], 2, "--model is for engines that are started here"),
+        (["--fleet", "f", "--kv-pool", "shm"], 2, "--kv-pool is for engines that are started here, and --fleet names"),
+        (["--model", "/no/such/folder"], 2, "there is no such folder; name one with config.json"),
+        (["--model", "no such model"], 2, "there is no such folder; name one with config.json"),
+        (["--model", "."], 2, "holds no config.json"),
+        (["--server", "127.0.0.1:8391"], 2, "give a server's base URL, like http://10.0.0.1:8000"),
+        (["--server", "http://127.0.0.1:8391/v1"], 2, "without /v1"),
         (["--server", "http://localhost:1", "--server", "http://127.0.0.1:1/"], 2, "are the same server: give it once"),
         (["--resume", "nowhere", "-n", "3"], 2, "only engine options go with it"),
     ],
@@ -84,6 +96,11 @@ def test_a_folder_that_is_taken(
     (tmp_path / "run.json").rename(tmp_path / "notes")
     assert run(monkeypatch, "rollout", "--dry-run", "--out", str(tmp_path)) == 5
     assert "not an empty folder" in capsys.readouterr().err
+
+
+def test_errors_are_shown_and_not_obeyed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "rollout", "--dry-run", "\x1b[2J\u202e.jsonl") == 2
+    assert capsys.readouterr().err == "seer: cannot read dataset \ufffd[2J\ufffd.jsonl: No such file or directory\n"
 
 
 def test_help_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
