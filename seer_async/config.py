@@ -299,7 +299,7 @@ def resolve(*trees: Tree) -> Config:
         if name in REFUSED:
             raise ConfigError(f"sampling.{name} is not supported: {REFUSED[name]}")
     try:
-        return msgspec.convert(tree, Config)
+        return msgspec.convert(tree, Config, str_keys=True)  # token ids are keys in logit_bias
     except msgspec.ValidationError as error:
         raise ConfigError(_explain(error)) from error
 

@@ -198,11 +198,11 @@ class Fleet:
             await asyncio.sleep(_ASK_AGAIN_S)
         return None
 
-    async def tokenise(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """Prompts with their token ids, by the engines' own tokenizer and chat template.
+    async def tokenise(self, prompts: Sequence[Prompt], *, source: str = "") -> list[Prompt]:
+        """Prompts with their token ids, by the engines' own tokenizer and chat template; `source` is their file.
 
         Raises:
-            DatasetError: A prompt is refused, or leaves no room in the context; names its line.
+            DatasetError: A prompt is refused, or leaves no room in the context; names its file and line.
             FleetError: No engine is left to ask.
         """
         at_once = asyncio.Semaphore(_TOKENIZE_AT_ONCE)
@@ -211,16 +211,17 @@ class Fleet:
             raise FleetError("the fleet has no engine: add one (POST /workers) first")
 
         async def one(number: int, prompt: Prompt) -> Prompt:
+            where = _where(prompt, source)
             if prompt.token_ids is None:
                 first = number % len(clients)
                 async with at_once:
-                    prompt = await self._tokenised(prompt, clients[first:] + clients[:first])
-            self._check_fit(prompt)
+                    prompt = await self._tokenised(prompt, clients[first:] + clients[:first], where)
+            self._check_fit(prompt, where)
             return prompt
 
         return list(await asyncio.gather(*(one(number, prompt) for number, prompt in enumerate(prompts))))
 
-    async def _tokenised(self, prompt: Prompt, clients: Sequence[EngineClient]) -> Prompt:
+    async def _tokenised(self, prompt: Prompt, clients: Sequence[EngineClient], where: str) -> Prompt:
         """Ask one engine after the other: one that has died since must not end the run."""
         said = ""
         for client in clients:
@@ -228,29 +229,31 @@ class Fleet:
                 ids = await client.tokenize(prompt, timeout_s=_TOKENIZE_TIMEOUT_S)
             except EngineError as error:
                 if error.kind is FailureKind.REJECTED:
-                    raise DatasetError(f"{_where(prompt)}: the engine cannot tokenise this prompt: {error}") from error
+                    raise DatasetError(f"{where}: the engine cannot tokenise this prompt: {error}") from error
                 said = str(error)
             else:
                 return msgspec.structs.replace(prompt, token_ids=ids)
         raise FleetError(f"no engine tokenises prompts any more: {said}")
 
-    def _check_fit(self, prompt: Prompt) -> None:
+    def _check_fit(self, prompt: Prompt, where: str) -> None:
         ids, info = prompt.token_ids or [], self.info
         if not ids:
-            raise DatasetError(f"{_where(prompt)}: the prompt has no tokens; give it some text")
+            raise DatasetError(f"{where}: the prompt has no tokens; give it some text")
         if len(ids) >= info.max_model_len:
             raise DatasetError(
-                f"{_where(prompt)}: the prompt has {len(ids)} tokens, and the engines' context ends at "
+                f"{where}: the prompt has {len(ids)} tokens, and the engines' context ends at "
                 f"{info.max_model_len}; shorten it, or start engines with a larger --max-model-len"
             )
         if info.vocab_size is not None and max(ids) >= info.vocab_size:
             raise DatasetError(
-                f"{_where(prompt)}: token id {max(ids)} is outside the model's vocabulary of {info.vocab_size}; "
+                f"{where}: token id {max(ids)} is outside the model's vocabulary of {info.vocab_size}; "
                 "tokenise 'prompt_token_ids' with this model's tokenizer"
             )
 
 
-def _where(prompt: Prompt) -> str:
+def _where(prompt: Prompt, source: str) -> str:
+    if prompt.line and source:
+        return f"{source}:{prompt.line}"  # as errors of parsing say it
     return f"line {prompt.line} (id {prompt.id!r})" if prompt.line else f"prompt {prompt.id!r}"
 
 

@@ -27,7 +27,9 @@ from seer_cli.display import make_display
 from seer_cli.engines import local_pool, local_spec, refuse_unused, require_model, require_vllm
 from seer_cli.options import config_from, given
 from seer_cli.output import machine_errors, print_json
+from seer_cli.panel import clean
 from seer_cli.process import calm_gc
+from seer_cli.toml import toml_lines
 from seer_servers.filelimit import raise_file_limit
 from seer_servers.fleetfile import fleet_urls
 
@@ -164,7 +166,7 @@ def rollout(
         bool,
         typer.Option(
             "--dry-run",
-            help="Check everything that needs no engine, print the resolved config, and stop.",
+            help="Check everything that needs no engine, print the resolved config as TOML for --config, and stop.",
             rich_help_panel=_OUTPUT,
         ),
     ] = False,
@@ -252,13 +254,10 @@ class _Plan(msgspec.Struct, frozen=True, kw_only=True):
                 }
             )
             return
-        typer.echo(
-            f"{self.dataset}: {len(self.prompts)} prompts x {self.config.rollout.n} = {samples} samples into {self.out}"
-        )
-        for section, keys in to_toml_tree(self.config).items():
-            typer.echo(f"[{section}]")
-            for key, value in keys.items():
-                typer.echo(f"  {key} = {value}")
+        plan = f"{len(self.prompts)} prompts x {self.config.rollout.n} = {samples} samples"
+        typer.echo(f"# {clean(self.dataset)}: {plan} into {clean(str(self.out))}")
+        for line in toml_lines(to_toml_tree(self.config)):
+            typer.echo(line)
 
 
 def _planned(config: Config, dataset: Path, limit: int | None, out: Path | None) -> _Plan:
@@ -291,7 +290,7 @@ async def _fresh(plan: _Plan, display: Display) -> Ending:
     with display:
         async with engine_urls(config, plan.out, display) as urls, open_fleet(config, urls) as fleet:
             tokenizer = await _attached(fleet, display)
-            prompts = await fleet.tokenise(plan.prompts)
+            prompts = await fleet.tokenise(plan.prompts, source=plan.dataset)
             folder = RunFolder.create(plan.out, config, prompts, dataset=plan.dataset, command=sys.argv)
             display.phase(f"rolling out {folder.info.samples} samples into {folder.path}")
             return await _roll(Rollout(folder, fleet, tokenizer, watch=display.update), folder, display)

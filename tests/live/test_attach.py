@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import pytest
 from aiohttp import web
+from typer.testing import CliRunner
 
 from seer_async.errors import FleetError, UsageError
 from seer_async.types import Prompt
+from seer_cli.main import app
 from seer_servers.mock import MockServer
 from tests.live.engines import mock_engines
 from tests.mock_http import INSTANT
@@ -85,6 +88,22 @@ async def test_other_servers_are_told_from_vllm(tmp_path: Path, status: int, bod
     assert says in said
     assert said.isprintable()
     assert len(said) < 600
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [('{"prompt_token_ids": [99999999]}', "token id 99999999 is outside"), ('{"no": 1}', "give exactly one of")],
+)
+async def test_wrong_prompts_are_named_alike(tmp_path: Path, line: str, says: str) -> None:
+    """Whether they are found by the parser, or when engines are there."""
+    file = tmp_path / "data.jsonl"
+    file.write_text(f'{{"prompt": "x"}}\n\n{line}\n')
+    with mock_engines([]) as (engine,):
+        command = ["rollout", str(file), "--server", engine.url, "--json", "--out", str(tmp_path / "run")]
+        done = await asyncio.to_thread(CliRunner().invoke, app, command)
+    assert done.exit_code == 2
+    assert f"{file}:3: " in json.loads(done.stdout)["message"]
+    assert says in json.loads(done.stdout)["message"]
 
 
 async def test_a_service_takes_no_server_under_a_second_name() -> None:

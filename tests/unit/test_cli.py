@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from seer_async.config import read_toml, resolve
 from seer_cli.main import main
 
 if TYPE_CHECKING:
@@ -85,6 +86,26 @@ def test_dry_run_shows_every_key_and_writes_nothing(
     assert run(monkeypatch, "rollout", "--dry-run") == 0
     assert "patience_s = 300.0" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_dry_run_prints_is_a_config(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    stops = ['"', "\\n", "\n\t\x7f\x00", "é\U0001f600", "'''"]
+    given = [word for stop in stops for word in ("--stop", stop)]
+    given += ["--seed", "0", "--set", "sampling.logit_bias={198=-5.0, 7=1e-7}", "--set", "sampling.temperature=1e22"]
+    given += ["--set", "fleet.vllm_args=['--a', 'b c']", "--set", "output.trace=false"]
+    printed = []
+    for options in (given, ["--config", "printed.toml"]):
+        assert run(monkeypatch, "rollout", "--dry-run", *options, "--out", "run") == 0
+        printed.append(capsys.readouterr().out)
+        (tmp_path / "printed.toml").write_text(printed[-1])
+    assert printed[0] == printed[1]
+    config = resolve(read_toml(tmp_path / "printed.toml"))
+    assert config.sampling.stop == stops
+    assert config.sampling.logit_bias == {198: -5.0, 7: 1e-7}
+    assert (config.sampling.seed, config.sampling.temperature, config.output.trace) == (0, 1e22, False)
 
 
 def test_a_folder_that_is_taken(
