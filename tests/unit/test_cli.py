@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from typing import TYPE_CHECKING
 
 import pytest
@@ -122,6 +123,20 @@ def test_a_folder_that_is_taken(
 def test_errors_are_shown_and_not_obeyed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "rollout", "--dry-run", "\x1b[2J\u202e.jsonl") == 2
     assert capsys.readouterr().err == "seer: cannot read dataset \ufffd[2J\ufffd.jsonl: No such file or directory\n"
+
+
+@pytest.mark.parametrize("command", [["serve", "--engines", "1"], ["mock-engine"]])
+def test_a_port_that_is_taken(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, command: list[str]
+) -> None:
+    """Told before engines are started: `serve` would make its run folder first."""
+    monkeypatch.chdir(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert run(monkeypatch, *command, "--port", str(port)) == 2
+    said = f"seer: cannot listen on 127.0.0.1:{port}: Address already in use; choose another --port, or another --host"
+    assert capsys.readouterr().err.splitlines() == [said]
+    assert not (tmp_path / "runs").exists()
 
 
 def test_help_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
