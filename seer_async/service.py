@@ -29,8 +29,8 @@ from seer_async.events import (
     Resumed,
     VersionSet,
 )
+from seer_async.fleet import open_fleet
 from seer_async.options import GroupOptions
-from seer_async.rollout import open_fleet
 from seer_async.sampling import mix_seed
 from seer_async.shell import Clock, Shell
 from seer_async.snapshot import Snapshot, take_snapshot
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from seer_async.config import Config
     from seer_async.engine import EngineClient
     from seer_async.events import Record
-    from seer_async.rollout import Fleet
+    from seer_async.fleet import Fleet
     from seer_async.types import EngineInfo
 
 _BUSY_RETRY_S = 1.0
@@ -368,7 +368,7 @@ class Service:
         return self.fleet.objection(name, info) or self.gate(name, info)
 
     def _accept(self, name: str, info: EngineInfo) -> str | None:
-        return self.gate(name, info) or self.fleet.accept(name, info)
+        return self.objection(name, info) or self.fleet.accept(name, info)
 
     def check_engines(self) -> None:
         """Ask the gate about all engines, because its answers may have changed."""

@@ -17,9 +17,10 @@ import uvloop
 from seer_async.config import Config, Tree, merge, to_toml_tree
 from seer_async.dataset import default_dataset, read_dataset
 from seer_async.errors import UsageError
+from seer_async.fleet import open_fleet
 from seer_async.lengths import lengths_for
 from seer_async.policies import find_policy, policy_names
-from seer_async.rollout import Ending, Rollout, open_fleet
+from seer_async.rollout import Ending, Rollout
 from seer_async.runfolder import RunFolder, require_fresh
 from seer_async.types import Prompt
 from seer_cli.closing import closing_words
@@ -39,7 +40,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from seer_async.events import Record
-    from seer_async.rollout import Fleet, Result
+    from seer_async.fleet import Fleet
+    from seer_async.rollout import Result
     from seer_cli.display import Display
 
 _SAMPLING, _FLEET, _OUTPUT = "Sampling", "Engines", "Run and output"
