@@ -315,6 +315,8 @@ def _remedy(error: EngineError) -> str:
     """What to do about a server that does not say what it is."""
     if error.status in _NO_KEY:
         return "name the environment variable that holds its API key with --set engine.api_key_env=NAME"
+    if error.kind is FailureKind.CONNECTION:
+        return "is it running, and the URL right?"
     if error.kind in {FailureKind.REJECTED, FailureKind.BAD_REPLY}:
         return "is this a vLLM server? Give its base URL, like http://host:8000"
     return ""

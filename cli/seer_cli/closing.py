@@ -36,9 +36,9 @@ def closing_words(ending: Ending) -> list[str]:
 def _policy_words(summary: dict[str, Any]) -> list[str]:
     """Nothing is said of a run that is on-policy: that is the rule."""
     words = []
-    if off := summary["off_policy"]:
+    if off := summary.get("off_policy"):  # runs of before did not count them
         words.append(f"{off} samples are off-policy: each line of samples.jsonl says whether it is (on_policy)")
-    if len(versions := summary["weight_versions"]) > 1:
+    if len(versions := summary.get("weight_versions", {})) > 1:
         counts = ", ".join(f"{count} end with {version}" for version, count in versions.items())
         words.append(f"the samples are not of one policy: weights changed or differed between engines ({counts})")
     return words
