@@ -33,7 +33,8 @@ class RolloutConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """What is sampled, and how it is cut.
 
     `chunk_size` 0 sends every response in one call. `mixed_versions` says what happens to a response whose tokens
-    would come from two weight versions: "restart" it from its prompt, or "mark" it off-policy.
+    would come from two weight versions: "restart" it from its prompt, or "mark" it off-policy. "mark" also lets a
+    rollout start on engines whose weights differ.
     """
 
     n: int = 8
