@@ -1,6 +1,6 @@
 """Clients of `seer serve`: rollouts as they finish, over connections that may drop.
 
-    with Client("http://127.0.0.1:8000") as client:
+    with Client("http://127.0.0.1:8100") as client:
         for sample in client.rollout(["Why is the sky blue?"], n=16, temperature=0.8):
             ...
 

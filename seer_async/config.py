@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from seer_async.errors import ConfigError
+from seer_async.address import require_distinct
+from seer_async.errors import ConfigError, UsageError
 from seer_async.sampling import REFUSED, Sampling
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ class RolloutConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """What is sampled, and how it is cut.
 
     `chunk_size` 0 sends every response in one call. `mixed_versions` says what happens to a response whose tokens
-    would come from two weight versions: "restart" it from its prompt, or "mark" it off-policy.
+    would come from two weight versions: "restart" it from its prompt, or "mark" it off-policy. "mark" also lets a
+    rollout start on engines whose weights differ.
     """
 
     n: int = 8
@@ -148,6 +150,10 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             not (self.servers and self.file),
             "fleet.servers (--server) and fleet.file (--fleet) both name engines: give one of them",
         )
+        try:
+            require_distinct(self.servers)
+        except UsageError as error:
+            raise ConfigError(f"fleet.servers (--server): {error}") from None
         _require(self.engines >= 1, "fleet.engines must be at least 1")
         _require(self.kv_pool in _POOLS, f"fleet.kv_pool must be one of {', '.join(_POOLS)}")
         _require(self.draft in _DRAFTS, f"fleet.draft must be one of {', '.join(_DRAFTS)}")
@@ -295,7 +301,7 @@ def resolve(*trees: Tree) -> Config:
         if name in REFUSED:
             raise ConfigError(f"sampling.{name} is not supported: {REFUSED[name]}")
     try:
-        return msgspec.convert(tree, Config)
+        return msgspec.convert(tree, Config, str_keys=True)  # token ids are keys in logit_bias
     except msgspec.ValidationError as error:
         raise ConfigError(_explain(error)) from error
 

@@ -15,7 +15,7 @@ import msgspec
 
 from seer_async.errors import EngineError, FailureKind
 from seer_async.telemetry import Metrics
-from seer_async.types import EngineInfo, EngineStats
+from seer_async.types import UNKNOWN_VERSION, EngineInfo, EngineStats
 from seer_async.wire import DIALECTS, CallSpec, dialect_for, engine_names
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ _REPLY_BASE = 64 << 10
 _REPLY_PER_TOKEN = 512  # bytes of JSON per token and alternative, generously
 _KEEP_ALIVE_S = 2.0  # vLLM's server closes idle connections after 5 s; a call sent on one that is closing is lost
 _BUSY, _UNAVAILABLE, _TIMEOUT = 429, 503, 408
+_NO_KEY = (401, 403)
+_LOOK, _LONGEST = 64, 300
 
 _T = TypeVar("_T")
 
@@ -64,7 +66,7 @@ class _SeerInfo(msgspec.Struct):
     vocab_size: int | None = None
     logprobs_mode: str | None = None
     max_logprobs: int = 20
-    weight_version: str = "unknown"
+    weight_version: str = UNKNOWN_VERSION
     capabilities: list[str] = []
     kv_pool: str | None = None
 
@@ -102,12 +104,16 @@ class EngineClient:
         self.info: EngineInfo | None = None
 
     async def attach(self, *, timeout_s: float, trial_timeout_s: float) -> EngineInfo:
-        """Learn what the engine is, and see it generate one token."""
+        """Learn what the engine is, and see it generate one token; errors say what to do."""
         try:
             async with asyncio.timeout(timeout_s):
                 info = await self._plugin_info() or await self._plain_info()
         except TimeoutError as error:
             raise EngineError(FailureKind.TIMEOUT, f"no answer within {timeout_s:g} s") from error
+        except EngineError as error:
+            if remedy := _remedy(error):
+                raise EngineError(error.kind, f"{error}; {remedy}", status=error.status) from error
+            raise
         try:
             self.info = await self._tried(info, "generate", trial_timeout_s)
         except EngineError as error:
@@ -192,6 +198,7 @@ class EngineClient:
         metrics = Metrics(await self._request("GET", "/metrics", None, None))
         return EngineInfo(
             boot=metrics.boot,
+            process=said.boot_id,
             model=said.model,
             aliases=said.aliases,
             root=said.root,
@@ -211,14 +218,13 @@ class EngineClient:
     async def _plain_info(self) -> EngineInfo:
         models = await self._json("GET", "/v1/models", None, _Models, None)
         if not models.data or models.data[0].max_model_len is None:
-            raise EngineError(
-                FailureKind.BAD_REPLY, "/v1/models does not describe a vLLM model: is this a vLLM server?"
-            )
+            raise EngineError(FailureKind.BAD_REPLY, "/v1/models does not describe a vLLM model")
         metrics = Metrics(await self._request("GET", "/metrics", None, None))
         model = models.data[0]
         assert model.max_model_len is not None
         return EngineInfo(
             boot=metrics.boot,
+            process=metrics.process,
             model=model.id,
             aliases=tuple(other.id for other in models.data[1:] if other.parent is None),
             root=model.root,
@@ -226,7 +232,7 @@ class EngineClient:
             block_size=metrics.cache_int("block_size"),
             num_blocks=metrics.cache_int("num_gpu_blocks"),
             shares_prefixes=metrics.shares_prefixes,
-            weight_version=await self._weight_version(None) or "unknown",
+            weight_version=await self._weight_version(None) or UNKNOWN_VERSION,
         )
 
     async def _weight_version(self, timeout_s: float | None) -> str | None:
@@ -322,11 +328,25 @@ def _seconds(text: str | None) -> float | None:
         return None
 
 
+def _remedy(error: EngineError) -> str:
+    """What to do about a server that does not say what it is."""
+    if error.status in _NO_KEY:
+        return "name the environment variable that holds its API key with --set engine.api_key_env=NAME"
+    if error.kind is FailureKind.CONNECTION:
+        return "is it running, and the URL right?"
+    if error.kind in {FailureKind.REJECTED, FailureKind.BAD_REPLY}:
+        return "is this a vLLM server? Give its base URL, like http://host:8000"
+    return ""
+
+
 def _message(answer: bytes) -> str:
-    """What an error body says, shortened; vLLM's shape is {"error": {"message": ...}}."""
+    """What an error body says, shortened and harmless to a terminal; vLLM's shape is {"error": {"message": ...}}."""
+    if answer[:_LOOK].lstrip().startswith(b"<"):
+        return "a page for people"
     try:
         body = msgspec.json.decode(answer)
         said = body["error"]["message"] if isinstance(body["error"], dict) else body["error"]
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError):
         said = answer[:200].decode(errors="replace")
-    return " ".join(str(said).split())[:300]
+    words = " ".join(str(said)[:_LONGEST].split())
+    return "".join(c if c.isprintable() else "\ufffd" for c in words)

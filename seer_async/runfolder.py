@@ -25,8 +25,9 @@ import msgspec
 from seer_async import __version__
 from seer_async.appendfile import AppendFile
 from seer_async.config import Config, resolve, to_toml_tree
-from seer_async.errors import StorageError
+from seer_async.errors import StorageError, UsageError
 from seer_async.journal import Journal, read_journal
+from seer_async.tally import Effort, SampleHead, Tally, effort_in_metrics, effort_in_summary
 from seer_async.types import Prompt, Sample
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ class RunInfo(msgspec.Struct, kw_only=True):
     """The content of run.json. `config` is the resolved config as nested tables; times are Unix seconds.
 
     `draft_groups` says what drafts brought each group: drafts verified, tokens drafted, tokens accepted.
+    `on_policy` says that all samples written so far are of one weight version, and the set is not biased by the policy
+    that chose which to finish. `earlier` is what the parts before the last `resumed` took; `summary` is of all parts.
     """
 
     run: str
@@ -54,17 +57,13 @@ class RunInfo(msgspec.Struct, kw_only=True):
     command: list[str]
     started: float
     resumed: list[float] = []
+    earlier: Effort = Effort()
     ended: float | None = None
     status: str = "running"
     on_policy: bool = True
     engines: list[dict[str, Any]] = []
     draft_groups: dict[str, tuple[int, int, int]] = {}
     summary: dict[str, Any] | None = None
-
-
-class _SampleHead(msgspec.Struct):
-    id: str
-    finish_reason: str
 
 
 class RunFolder:
@@ -74,6 +73,7 @@ class RunFolder:
         self.path = path
         self.info = info
         self.prompts = prompts
+        self.tally = Tally()
         self._encoder = msgspec.json.Encoder()
         self._lock = _lock(path)
         self.journal = Journal(path / "journal")
@@ -119,11 +119,15 @@ class RunFolder:
         """Go on with an earlier run.
 
         Returns the folder, the journal's records, and the ids of samples that samples.jsonl already holds for good;
-        lines of failed or unfinished samples are dropped, because those are tried again.
+        lines of failed or unfinished samples are dropped, because those are tried again. Of a run that has `ended`
+        nothing is changed.
 
         Raises:
-            StorageError: It is no run folder, is in use, or is damaged.
+            UsageError: It is no run folder.
+            StorageError: It is in use, or is damaged.
         """
+        if not (path / "run.json").exists():
+            raise UsageError(f"{path} cannot be resumed: it holds no run.json; name the folder of an interrupted run")
         try:
             info = msgspec.json.decode((path / "run.json").read_bytes(), type=RunInfo)
             lines = (path / "prompts.jsonl").read_bytes().splitlines()
@@ -134,15 +138,33 @@ class RunFolder:
             lock = _lock(path)  # before anything is repaired
             records = read_journal(path / "journal", repair=True)
             finished = {record.request for record in records if record.finish_reason is not None}
-            emitted = _settle_samples(path / "samples.jsonl", finished)
+            kept = _settle_samples(path / "samples.jsonl", finished)
             os.close(lock)
-            info.resumed = [*info.resumed, time.time()]
-            info.status = "running"
             folder = cls(path, info, prompts)
-            folder.save()
+            for head in kept.values():
+                folder.tally.add(head)
+            if not folder.ended:
+                folder.begin_again()
         except OSError as error:
             raise StorageError(f"cannot write run folder {path}: {error.strerror or error}") from error
-        return folder, records, emitted
+        return folder, records, set(kept)
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.info.status == "done" and sum(self.tally.weight_versions.values()) == self.info.samples
+
+    def begin_again(self) -> None:
+        """Note that another part of the run begins, and what those before it took."""
+        info = self.info
+        if info.status == "running":  # it was killed, and wrote no summary
+            begun = info.resumed[-1] if info.resumed else info.started
+            info.earlier += effort_in_metrics(self.path / "metrics.jsonl", begun)
+        elif info.summary is not None:
+            info.earlier = effort_in_summary(info.summary)
+        info.resumed = [*info.resumed, time.time()]
+        info.status = "running"
+        self.save()
 
     def check_model(self, model: str) -> None:
         """Refuse to mix the samples of two models in one run.
@@ -171,6 +193,7 @@ class RunFolder:
     def emit(self, sample: Sample) -> None:
         """Append one sample; raises OSError when the disk refuses."""
         self._samples.append(self._encoder.encode(sample) + b"\n")
+        self.tally.add(sample)
 
     def measure(self, snapshot: Snapshot) -> None:
         """Append one line of metrics."""
@@ -235,13 +258,13 @@ def _pretty(info: RunInfo) -> bytes:
     return msgspec.json.format(msgspec.json.encode(info), indent=2) + b"\n"
 
 
-def _settle_samples(path: Path, finished: set[str]) -> set[str]:
-    """Keep the lines of samples that the journal knows as finished, and say which.
+def _settle_samples(path: Path, finished: set[str]) -> dict[str, SampleHead]:
+    """Keep the lines of samples that the journal knows as finished, and say which, by id.
 
     A torn end is dropped, and so are samples that are tried again: those that failed, and those whose last record a
     power cut has taken.
     """
-    kept: set[str] = set()
+    kept: dict[str, SampleHead] = {}
     dropped = False
     draft = path.with_name(path.name + ".new")
     if not path.exists():
@@ -250,7 +273,7 @@ def _settle_samples(path: Path, finished: set[str]) -> set[str]:
         for line in file:
             head = _head(line)
             if head is not None and head.finish_reason in _KEPT and head.id in finished and head.id not in kept:
-                kept.add(head.id)
+                kept[head.id] = head
                 out.write(line)
             else:
                 dropped = True
@@ -263,8 +286,8 @@ def _settle_samples(path: Path, finished: set[str]) -> set[str]:
     return kept
 
 
-def _head(line: bytes) -> _SampleHead | None:
+def _head(line: bytes) -> SampleHead | None:
     try:
-        return msgspec.json.decode(line, type=_SampleHead) if line.endswith(b"\n") else None
+        return msgspec.json.decode(line, type=SampleHead) if line.endswith(b"\n") else None
     except (msgspec.DecodeError, UnicodeDecodeError):
         return None

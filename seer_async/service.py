@@ -30,8 +30,8 @@ from seer_async.events import (
     Resumed,
     VersionSet,
 )
+from seer_async.fleet import open_fleet
 from seer_async.options import GroupOptions
-from seer_async.rollout import open_fleet
 from seer_async.sampling import mix_seed
 from seer_async.shell import Clock, Shell
 from seer_async.snapshot import Snapshot, take_snapshot
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from seer_async.config import Config
     from seer_async.engine import EngineClient
     from seer_async.events import Record
-    from seer_async.rollout import Fleet
+    from seer_async.fleet import Fleet
     from seer_async.types import EngineInfo
 
 _BUSY_RETRY_S = 1.0
@@ -155,7 +155,7 @@ class Service:
     async def __aenter__(self) -> Self:
         try:
             self.fleet: Fleet = await self._stack.enter_async_context(open_fleet(self.config, self._urls))
-            await self.fleet.attach()
+            await self.fleet.attach(mixed=True)  # the core samples from one version at a time
             self.tokenizer = await self.fleet.tokenizer()
         except BaseException:
             await self._stack.aclose()
@@ -169,7 +169,7 @@ class Service:
             lasting=True,
         )
         self._info = self.fleet.info
-        self._shell = Shell(self.core, self.fleet.clients, self._desk, clock=self._clock, accepts=self.objection)
+        self._shell = Shell(self.core, self.fleet.clients, self._desk, clock=self._clock, accepts=self._accept)
         self._loop_task = asyncio.create_task(self._shell.run(self.fleet.attached), name="service")
         self._loop_task.add_done_callback(lambda _: self._desk.end())
         await asyncio.sleep(0)
@@ -379,7 +379,10 @@ class Service:
 
     def objection(self, name: str, info: EngineInfo) -> str | None:
         """Why an engine must not sample, or None."""
-        return self.fleet.objection(info) or self.gate(name, info)
+        return self.fleet.objection(name, info) or self.gate(name, info)
+
+    def _accept(self, name: str, info: EngineInfo) -> str | None:
+        return self.objection(name, info) or self.fleet.accept(name, info)
 
     def check_engines(self) -> None:
         """Ask the gate about all engines, because its answers may have changed."""

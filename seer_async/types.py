@@ -11,6 +11,8 @@ from typing import Any
 
 import msgspec
 
+UNKNOWN_VERSION = "unknown"  # of an engine that does not name its weights
+
 
 class Message(msgspec.Struct, frozen=True):
     """One chat message."""
@@ -139,13 +141,15 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine is, learned when it is attached; constant during one epoch, except the weight version.
 
-    `boot` identifies the process: a changed value is a new epoch. `aliases` are other names of `model`. `num_blocks` KV
-    blocks of `block_size` tokens. `shares_prefixes` says that sequences which begin alike share KV blocks (vLLM's
-    prefix caching). `kv_pool` names the pool it shares KV through, "kind:id"; engines that share one have the same
-    name. `max_logprobs` is the most alternatives it gives for a token.
+    `boot` tells one life of the server from the next: a changed value is a new epoch. `process` names that life among
+    all servers, however they are reached; it is empty where a server does not say. `aliases` are other names of
+    `model`. `num_blocks` KV blocks of `block_size` tokens. `shares_prefixes` says that sequences which begin alike
+    share KV blocks (vLLM's prefix caching). `kv_pool` names the pool it shares KV through, "kind:id"; engines that
+    share one have the same name. `max_logprobs` is the most alternatives it gives for a token.
     """
 
     boot: str
+    process: str = ""
     model: str
     aliases: tuple[str, ...] = ()
     root: str | None = None
@@ -156,7 +160,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     vocab_size: int | None = None
     logprobs_mode: str | None = None
     max_logprobs: int = 20
-    weight_version: str = "unknown"
+    weight_version: str = UNKNOWN_VERSION
     capabilities: frozenset[str] = frozenset()
     shares_prefixes: bool = False
     kv_pool: str | None = None

@@ -6,7 +6,8 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from seer_async.config import resolve
-from seer_async.rollout import Rollout, open_fleet
+from seer_async.fleet import open_fleet
+from seer_async.rollout import Rollout
 from seer_async.runfolder import RunFolder
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ import uvloop
 from seer_async.config import Config, resolve
 from seer_async.dataset import default_dataset, read_dataset
 from seer_async.errors import UsageError
-from seer_async.rollout import open_fleet
+from seer_async.fleet import open_fleet
 from seer_cli.display import make_display
 from seer_cli.draftbench import index, replay
 from seer_cli.draftserver import bench_draft_server

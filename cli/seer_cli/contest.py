@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from seer_async.config import resolve
+from seer_async.fleet import open_fleet
 from seer_async.policies import find_policy
-from seer_async.rollout import Rollout, open_fleet
+from seer_async.rollout import Rollout
 from seer_async.runfolder import RunFolder
 from seer_async.simulation.contender import Contender, parse_contender
 from seer_async.types import Prompt
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
     from pathlib import Path
 
-    from seer_async.rollout import Fleet
+    from seer_async.fleet import Fleet
     from seer_async.types import EngineInfo
     from seer_cli.display import Display
 

@@ -3,16 +3,55 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from seer_async.errors import FleetError
+from seer_async.errors import FleetError, UsageError
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Mapping
 
     from seer_async.config import FleetConfig
     from seer_servers.fleet import EngineSpec
     from seer_servers.kvpool.pool import Pool
+
+_HUB_NAME = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?")
+_FOR_LOCAL = ("engines", "model", "kv_pool", "draft")
+
+
+def refuse_unused(config: FleetConfig, options: Mapping[str, Any]) -> None:
+    """Refuse options for engines that are started here where running ones are used; `options` are by config path.
+
+    Raises:
+        UsageError: Names the option.
+    """
+    if config.servers or config.file:
+        for name in _FOR_LOCAL:
+            if options.get(f"fleet.{name}") is not None:
+                running = "--server" if config.servers else "--fleet"
+                raise UsageError(
+                    f"--{name.replace('_', '-')} is for engines that are started here, and {running} names running "
+                    "ones: leave one of the two out"
+                )
+
+
+def require_model(model: str | None) -> None:
+    """Tell before engines are started that they would find no model; None is the default one.
+
+    Raises:
+        UsageError: It is neither a model folder nor what a model on a hub may be called; says what to do.
+    """
+    if model is None or "://" in model:
+        return
+    path = Path(model)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UsageError(f"--model {model}: that folder holds no config.json, so no model: name the folder that does")
+    if not path.exists() and not _HUB_NAME.fullmatch(model):
+        raise UsageError(
+            f"--model {model}: there is no such folder; name one with config.json and weights, or a model on the hub, "
+            "like Qwen/Qwen3-0.6B"
+        )
 
 
 def require_vllm() -> None:

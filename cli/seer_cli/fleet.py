@@ -15,7 +15,7 @@ from rich.console import Console
 
 from seer_async.errors import FleetError, UsageError
 from seer_cli.display import make_display
-from seer_cli.engines import local_spec, pool_kind, require_vllm
+from seer_cli.engines import local_spec, pool_kind, require_model, require_vllm
 from seer_cli.fleetstatus import FleetStatus, look, table
 from seer_cli.options import config_from
 from seer_cli.output import machine_errors, print_json
@@ -132,6 +132,7 @@ def up(
         max_num_seqs=max_num_seqs,
         vllm_args=vllm_arg,
     )
+    require_model(config.model)
     require_vllm()
     folder = FleetFolder(name)
     run = _run_here if foreground else _leave_running

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from seer_async.config import resolve
 from seer_async.events import ChunkFinished
-from seer_async.rollout import Rollout, open_fleet
+from seer_async.fleet import open_fleet
+from seer_async.rollout import Rollout
 from seer_async.runfolder import RunFolder
 from seer_async.types import Prompt
 from seer_cli.process import calm_gc

@@ -15,6 +15,7 @@ from seer_async.errors import SeerError
 if TYPE_CHECKING:
     from typer._click import Command, Context
 
+_LONGEST = 4000  # characters of a line
 _MODULES = {
     "rollout": "rollout",
     "serve": "serve",
@@ -85,8 +86,15 @@ def main() -> None:
     try:
         app()
     except SeerError as error:
-        sys.stderr.write(f"seer: {error}\n")
+        _say(str(error))
         sys.exit(error.exit_code)
+
+
+def _say(error: str) -> None:
+    """One error on stderr; it may quote what a server said."""
+    from seer_cli.panel import clean  # noqa: PLC0415 - only where something went wrong
+
+    sys.stderr.write("seer: " + "\n".join(clean(line, _LONGEST) for line in error.splitlines()) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import typer
 import uvloop
 
 from seer_async.errors import ConfigError
+from seer_servers.listening import require_free
 from seer_servers.mock import KV, LanguageModel, MockConfig, MockServer, Speed, serve
 from seer_servers.mock.faults import DESCRIPTIONS, parse_fault
 
@@ -101,6 +102,7 @@ def mock_engine(  # noqa: PLR0917 - Typer makes each parameter an option
     api_key = _api_key(api_key_env)
     if not api_key and not _is_loopback(host):
         raise ConfigError(f"--host {host} can be reached from elsewhere: set --api-key-env too, or use 127.0.0.1")
+    require_free(host, port)
     uvloop.run(_run(config, dict(map(parse_fault, fault or [])), api_key, host, port))
 
 

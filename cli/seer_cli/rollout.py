@@ -17,16 +17,20 @@ import uvloop
 from seer_async.config import Config, Tree, merge, to_toml_tree
 from seer_async.dataset import default_dataset, read_dataset
 from seer_async.errors import UsageError
+from seer_async.fleet import open_fleet
 from seer_async.lengths import lengths_for
 from seer_async.policies import find_policy, policy_names
-from seer_async.rollout import Rollout, open_fleet
+from seer_async.rollout import Ending, Rollout
 from seer_async.runfolder import RunFolder, require_fresh
 from seer_async.types import Prompt
+from seer_cli.closing import closing_words
 from seer_cli.display import make_display
-from seer_cli.engines import local_pool, local_spec, require_vllm
+from seer_cli.engines import local_pool, local_spec, refuse_unused, require_model, require_vllm
 from seer_cli.options import config_from, given
 from seer_cli.output import machine_errors, print_json
+from seer_cli.panel import clean
 from seer_cli.process import calm_gc
+from seer_cli.toml import toml_lines
 from seer_servers.filelimit import raise_file_limit
 from seer_servers.fleetfile import fleet_urls
 
@@ -36,7 +40,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from seer_async.events import Record
-    from seer_async.rollout import Fleet, Result
+    from seer_async.fleet import Fleet
+    from seer_async.rollout import Result
     from seer_cli.display import Display
 
 _SAMPLING, _FLEET, _OUTPUT = "Sampling", "Engines", "Run and output"
@@ -163,7 +168,7 @@ def rollout(
         bool,
         typer.Option(
             "--dry-run",
-            help="Check everything that needs no engine, print the resolved config, and stop.",
+            help="Check everything that needs no engine, print the resolved config as TOML for --config, and stop.",
             rich_help_panel=_OUTPUT,
         ),
     ] = False,
@@ -216,7 +221,9 @@ def rollout(
             _check_resume_options(bool(given_elsewhere), options)
             job = _resumed(resume, options, make_display(display or ("none" if json else None)))
         else:
-            plan = _planned(config_from(config, set_ or [], options), dataset or default_dataset(), limit, out)
+            resolved = config_from(config, set_ or [], options)
+            refuse_unused(resolved.fleet, options)
+            plan = _planned(resolved, dataset or default_dataset(), limit, out)
             if dry_run:
                 plan.show(as_json=json)
                 return
@@ -249,19 +256,18 @@ class _Plan(msgspec.Struct, frozen=True, kw_only=True):
                 }
             )
             return
-        typer.echo(
-            f"{self.dataset}: {len(self.prompts)} prompts x {self.config.rollout.n} = {samples} samples into {self.out}"
-        )
-        for section, keys in to_toml_tree(self.config).items():
-            typer.echo(f"[{section}]")
-            for key, value in keys.items():
-                typer.echo(f"  {key} = {value}")
+        plan = f"{len(self.prompts)} prompts x {self.config.rollout.n} = {samples} samples"
+        typer.echo(f"# {clean(self.dataset)}: {plan} into {clean(str(self.out))}")
+        for line in toml_lines(to_toml_tree(self.config)):
+            typer.echo(line)
 
 
 def _planned(config: Config, dataset: Path, limit: int | None, out: Path | None) -> _Plan:
     prompts = read_dataset(dataset, limit)
     out = out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
     require_fresh(out)
+    if not (config.fleet.servers or config.fleet.file):
+        require_model(config.fleet.model)
     policy = find_policy(config.scheduler.policy)
     if not lengths_for(config, prompts) and policy.needs_lengths:
         raise UsageError(
@@ -276,27 +282,31 @@ def _check_display(display: str | None) -> None:
 
 
 def _check_resume_options(given_elsewhere: bool, options: Mapping[str, Any]) -> None:  # noqa: FBT001 - one caller
-    if given_elsewhere or any(value for path, value in options.items() if not path.startswith("fleet.")):
+    if given_elsewhere or given(options).keys() - {"fleet"}:
         raise UsageError("--resume takes the run's own prompts and settings; only engine options go with it")
 
 
-async def _fresh(plan: _Plan, display: Display) -> Result:
+async def _fresh(plan: _Plan, display: Display) -> Ending:
     """A new run from start to end."""
     config = plan.config
     with display:
         async with engine_urls(config, plan.out, display) as urls, open_fleet(config, urls) as fleet:
             tokenizer = await _attached(fleet, display)
-            prompts = await fleet.tokenise(plan.prompts)
+            prompts = await fleet.tokenise(plan.prompts, source=plan.dataset)
             folder = RunFolder.create(plan.out, config, prompts, dataset=plan.dataset, command=sys.argv)
             display.phase(f"rolling out {folder.info.samples} samples into {folder.path}")
             return await _roll(Rollout(folder, fleet, tokenizer, watch=display.update), folder, display)
 
 
-async def _resumed(path: Path, options: Mapping[str, Any], display: Display) -> Result:
+async def _resumed(path: Path, options: Mapping[str, Any], display: Display) -> Ending:
     """An interrupted run, from where its journal ends."""
     folder, records, emitted = RunFolder.resume(path)
-    folder.info.config = merge(folder.info.config, _instead(given(options)))
     with display:
+        if folder.ended:
+            folder.close()
+            return _nothing_left(folder, display)
+        folder.info.config = merge(folder.info.config, _instead(given(options)))
+        refuse_unused(folder.config.fleet, options)
         async with engine_urls(folder.config, path, display) as urls, open_fleet(folder.config, urls) as fleet:
             tokenizer = await _attached(fleet, display)
             folder.check_model(fleet.info.model)
@@ -305,11 +315,20 @@ async def _resumed(path: Path, options: Mapping[str, Any], display: Display) -> 
             return await _roll(rollout, folder, display, records, frozenset(emitted))
 
 
+def _nothing_left(folder: RunFolder, display: Display) -> Ending:
+    assert folder.info.summary is not None
+    ending = Ending(reason="done", summary=folder.info.summary, path=str(folder.path))
+    display.finish(["nothing is left to do: the run has ended", *closing_words(ending)])
+    return ending
+
+
 def _instead(options: Tree) -> Tree:
     """Engines named now take the place of those the run had, however it named them."""
     fleet = options.get("fleet", {})
     if "file" in fleet and "servers" not in fleet:
         return merge(options, {"fleet": {"servers": []}})
+    if fleet.keys() & {"engines", "model"} and "servers" not in fleet:
+        return merge({"fleet": {"servers": [], "file": None}}, options)
     return merge(options, {"fleet": {"file": None}}) if "servers" in fleet else options
 
 
@@ -337,7 +356,7 @@ async def _roll(
             result = await rollout.run(records, emitted)
     finally:
         folder.close()
-    display.finish(_closing_words(result))
+    display.finish(closing_words(result))
     return result
 
 
@@ -371,6 +390,7 @@ async def engine_urls(config: Config, run_dir: Path, display: Display) -> AsyncI
     if config.fleet.servers or config.fleet.file:
         yield config.fleet.servers or fleet_urls(str(config.fleet.file))
         return
+    require_model(config.fleet.model)
     require_vllm()
     from seer_servers.fleet import LocalFleet  # noqa: PLC0415 - only where engines are started
 
@@ -380,22 +400,3 @@ async def engine_urls(config: Config, run_dir: Path, display: Display) -> AsyncI
     pool = local_pool(config.fleet, spec, run_dir)
     async with LocalFleet(spec, config.fleet.engines, run_dir, pool=pool, say=display.phase) as fleet:
         yield fleet.urls
-
-
-def _closing_words(result: Result) -> list[str]:
-    summary = result.summary
-    words = [
-        f"{summary['done']} of {summary['samples']} samples, {summary['failed']} failed",
-        f"{summary['tokens']} tokens, {summary['seconds']:.1f} s, {summary['tokens_per_second']:.0f} tokens/s",
-        f"samples in {result.path}/samples.jsonl",
-    ]
-    if result.reason != "done":
-        words.append(f"{_REASONS[result.reason]}; go on with: seer rollout --resume {result.path}")
-    return words
-
-
-_REASONS = {
-    "drained": "interrupted after the chunks in flight",
-    "aborted": "interrupted",
-    "no_engine": "no usable engine was left",
-}

@@ -10,10 +10,12 @@ import typer
 import uvloop
 
 from seer_cli.display import make_display
+from seer_cli.engines import refuse_unused
 from seer_cli.options import config_from
 from seer_cli.process import calm_gc
 from seer_cli.rollout import engine_urls
 from seer_servers.filelimit import raise_file_limit
+from seer_servers.listening import require_free
 from seer_servers.service.keys import Keys
 from seer_servers.service.serve import serve as serve_fleet
 
@@ -131,8 +133,10 @@ def serve(
         "fleet.draft": draft,
     }
     resolved = config_from(config, set_ or [], options)
+    refuse_unused(resolved.fleet, options)
     raise_file_limit()
-    Keys(resolved.serve)  # a wrong host or key is found before engines are started
+    Keys(resolved.serve)  # a wrong host or key is found before engines are started, and so is a port that is taken
+    require_free(resolved.serve.host, resolved.serve.port)
     uvloop.run(_run(resolved))
 
 

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import msgspec
 
+from seer_async.address import require_distinct
 from seer_async.errors import FleetError, StorageError, UsageError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_URL = re.compile(r"https?://[^\s/]+(/\S*)?")
 _KEPT = {"logs", "lock"}
 _PROBE_S = 0.3  # others hold the lock that long at most to see whether it is free
 _POLL_S = 0.05
@@ -80,11 +80,10 @@ def read_fleet_file(path: Path) -> FleetFile:
 def _check(path: Path, urls: list[str]) -> None:
     if not urls:
         raise UsageError(f"fleet file {path} lists no engine; give at least one URL")
-    for number, url in enumerate(urls):
-        if not _URL.fullmatch(url):
-            raise UsageError(f"fleet file {path}, engine {number}: {url!r} is no URL like http://10.0.0.1:8000")
-        if url in urls[:number]:
-            raise UsageError(f"fleet file {path}, engine {number}: {url} is listed twice")
+    try:
+        require_distinct(urls)
+    except UsageError as error:
+        raise UsageError(f"fleet file {path}: {error}") from None
 
 
 class FleetFolder:

@@ -720,7 +720,7 @@ async def test_workers_come_and_go(engines: list[MockProcess]) -> None:
             for url, why in (
                 (foreign.url, "it needs one model"),
                 ("http://127.0.0.1:1", "no vLLM server"),
-                ("file:///etc/passwd", "is not a URL"),
+                ("file:///etc/passwd", "is no URL"),
             ):
                 status, said = await it.refused("POST", "/workers", {"url": url})
                 assert status == 400

@@ -97,6 +97,12 @@ async def test_every_sample_is_there_and_right(fast: list[MockProcess], tmp_path
         ]
 
 
+async def test_token_ids_are_keys_in_json(fast: list[MockProcess], tmp_path: Path) -> None:
+    async with served(fast, tmp_path) as app, http(app.url) as client:
+        job = await begin(client, 1, 2, sampling={"logit_bias": {"5": 1.0}})
+        assert len(await read(client, job["id"])) == 2
+
+
 async def test_groups_are_whole_and_in_order(fast: list[MockProcess], tmp_path: Path) -> None:
     async with served(fast, tmp_path) as app, http(app.url) as client:
         job = await begin(client, 10, 5)

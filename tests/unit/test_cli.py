@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import socket
 from typing import TYPE_CHECKING
 
 import pytest
 
+from seer_async.config import read_toml, resolve
 from seer_cli.main import main
 
 if TYPE_CHECKING:
@@ -35,7 +37,23 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (["--display", "loud"], 2, "--display must be"),
         (["none.jsonl"], 2, "cannot read dataset none.jsonl"),
         (["--config", "none.toml"], 2, "cannot read config none.toml"),
-        (["--resume", "nowhere"], 5, "cannot be resumed"),
+        (["--resume", "nowhere"], 2, "cannot be resumed"),
+        (["--resume", "nowhere", "--temperature", "0"], 2, "only engine options go with it"),
+        (["--resume", "nowhere", "--seed", "0"], 2, "only engine options go with it"),
+        (["--resume", "nowhere", "--chunk-size", "0"], 2, "only engine options go with it"),
+        (
+            ["--server", "http://a:1", "--engines", "2"],
+            2,
+            "--engines is for engines that are started here, and --server",
+        ),
+        (["--server", "http://a:1", "--model", "m"], 2, "--model is for engines that are started here"),
+        (["--fleet", "f", "--kv-pool", "shm"], 2, "--kv-pool is for engines that are started here, and --fleet names"),
+        (["--model", "/no/such/folder"], 2, "there is no such folder; name one with config.json"),
+        (["--model", "no such model"], 2, "there is no such folder; name one with config.json"),
+        (["--model", "."], 2, "holds no config.json"),
+        (["--server", "127.0.0.1:8391"], 2, "give a server's base URL, like http://10.0.0.1:8000"),
+        (["--server", "http://127.0.0.1:8391/v1"], 2, "without /v1"),
+        (["--server", "http://localhost:1", "--server", "http://127.0.0.1:1/"], 2, "are the same server: give it once"),
         (["--resume", "nowhere", "-n", "3"], 2, "only engine options go with it"),
     ],
 )
@@ -71,6 +89,26 @@ def test_dry_run_shows_every_key_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_dry_run_prints_is_a_config(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    stops = ['"', "\\n", "\n\t\x7f\x00", "é\U0001f600", "'''"]
+    given = [word for stop in stops for word in ("--stop", stop)]
+    given += ["--seed", "0", "--set", "sampling.logit_bias={198=-5.0, 7=1e-7}", "--set", "sampling.temperature=1e22"]
+    given += ["--set", "fleet.vllm_args=['--a', 'b c']", "--set", "output.trace=false"]
+    printed = []
+    for options in (given, ["--config", "printed.toml"]):
+        assert run(monkeypatch, "rollout", "--dry-run", *options, "--out", "run") == 0
+        printed.append(capsys.readouterr().out)
+        (tmp_path / "printed.toml").write_text(printed[-1])
+    assert printed[0] == printed[1]
+    config = resolve(read_toml(tmp_path / "printed.toml"))
+    assert config.sampling.stop == stops
+    assert config.sampling.logit_bias == {198: -5.0, 7: 1e-7}
+    assert (config.sampling.seed, config.sampling.temperature, config.output.trace) == (0, 1e22, False)
+
+
 def test_a_folder_that_is_taken(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -80,6 +118,25 @@ def test_a_folder_that_is_taken(
     (tmp_path / "run.json").rename(tmp_path / "notes")
     assert run(monkeypatch, "rollout", "--dry-run", "--out", str(tmp_path)) == 5
     assert "not an empty folder" in capsys.readouterr().err
+
+
+def test_errors_are_shown_and_not_obeyed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "rollout", "--dry-run", "\x1b[2J\u202e.jsonl") == 2
+    assert capsys.readouterr().err == "seer: cannot read dataset \ufffd[2J\ufffd.jsonl: No such file or directory\n"
+
+
+@pytest.mark.parametrize("command", [["serve", "--engines", "1"], ["mock-engine"]])
+def test_a_port_that_is_taken(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, command: list[str]
+) -> None:
+    """Told before engines are started: `serve` would make its run folder first."""
+    monkeypatch.chdir(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert run(monkeypatch, *command, "--port", str(port)) == 2
+    said = f"seer: cannot listen on 127.0.0.1:{port}: Address already in use; choose another --port, or another --host"
+    assert capsys.readouterr().err.splitlines() == [said]
+    assert not (tmp_path / "runs").exists()
 
 
 def test_help_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from seer_async.config import Config, merge, parse_setting, read_toml, resolve, to_toml_tree
@@ -54,6 +55,7 @@ def test_toml_faults_name_the_file(tmp_path: Path) -> None:
 def test_the_saved_config_resolves_to_itself() -> None:
     config = resolve({"sampling": {"logit_bias": {5: 1.5}, "stop": ["x"]}, "rollout": {"n": 3}})
     assert resolve(to_toml_tree(config)) == config
+    assert resolve(msgspec.json.decode(msgspec.json.encode(to_toml_tree(config)))) == config  # as in run.json
     assert resolve() == Config()
 
 

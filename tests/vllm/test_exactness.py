@@ -24,6 +24,7 @@ pytestmark = pytest.mark.vllm
 
 CHUNK_SIZES = (7, 16, 64, 0)
 MAX_TOKENS = 66
+SPECIAL = "greedy, allowed tokens, special ones shown"
 OPTIONS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "greedy, penalties": {
@@ -40,6 +41,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "temperature": 0.0,
         "bad_words": [" the", " is a"],
         "logit_bias": {198: -5.0, 253: 2.0},
+    },
+    SPECIAL: {
+        "temperature": 0.0,
+        "allowed_token_ids": [*range(3, 17), 28, 30, 198],  # SmolLM2's special tokens but those that end it, and others
+        "frequency_penalty": 1.0,
+        "max_tokens": 40,
+        "skip_special_tokens": False,
+        "spaces_between_special_tokens": False,
     },
     "greedy, stop tokens, alternatives": {"temperature": 0.0, "stop_token_ids": [198, 30], "logprobs": 3},
     "seeded": {"temperature": 1.0, "seed": 11},
@@ -103,6 +112,12 @@ def test_chunk_size_does_not_matter(runs: dict[str, Runs], name: str) -> None:
                 assert [len(tops) for tops in sample["top_logprobs"]] == [3] * len(sample["token_ids"])
 
 
+def test_special_tokens_were_shown(runs: dict[str, Runs]) -> None:
+    assert any(
+        "<" in sample["text"] and set(sample["token_ids"]) & set(range(3, 17)) for sample in runs[SPECIAL][7].values()
+    )
+
+
 def test_chunks_moved_and_were_loaded(runs: dict[str, Runs]) -> None:
     """What is compared above has really been on several engines, with KV that came from the pool."""
     chunks = [chunk for mine in runs.values() for sample in mine[7].values() for chunk in sample["chunks"]]
@@ -111,7 +126,7 @@ def test_chunks_moved_and_were_loaded(runs: dict[str, Runs]) -> None:
     assert not any(chunk["pooled"] for mine in runs.values() for s in mine[16].values() for chunk in s["chunks"])
 
 
-@pytest.mark.parametrize("name", ["greedy, stop strings", "greedy, penalties", "greedy, min_tokens"])
+@pytest.mark.parametrize("name", ["greedy, stop strings", "greedy, penalties", "greedy, min_tokens", SPECIAL])
 async def test_undivided_through_us_is_vllm_itself(vllm_fleet: LocalFleet, tmp_path: Path, name: str) -> None:
     """Text, tokens and finish reason are those of a plain /v1/completions call."""
     prompts = read_dataset(default_dataset(), 4)

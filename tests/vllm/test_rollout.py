@@ -34,6 +34,7 @@ async def test_the_main_job(vllm_fleet: LocalFleet, tmp_path: Path) -> None:
     result = await roll(tmp_path / "run", vllm_fleet.urls, prompts, tree)
     assert result.exit_code == 0
     assert result.snapshot.preemptions == 0
+    assert result.snapshot.migrations > 0
     by_id = samples(tmp_path / "run")
     assert len(by_id) == 64
     assert {chunk["engine"] for sample in by_id.values() for chunk in sample["chunks"]} == {"engine-0", "engine-1"}

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import msgspec
 from aiohttp import web
 
-from seer_async.errors import SeerError
+from seer_servers.listening import cannot_listen
 from seer_servers.service.errors import ApiError
 from seer_servers.service.explain import explained
 from seer_servers.service.openapi import document
@@ -56,7 +56,7 @@ class App:
         """Serve inside the block, at the URL it gets; its end waits for what is open.
 
         Raises:
-            SeerError: The address is taken.
+            UsageError: The address is taken.
         """
         config = self._config
         runner = web.AppRunner(
@@ -99,9 +99,7 @@ class App:
             server = await loop.create_server(connected, host, port, backlog=_BACKLOG)
         except OSError as error:
             await runner.cleanup()
-            raise SeerError(
-                f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port"
-            ) from error
+            raise cannot_listen(host, port, error) from error
         for listener in server.sockets:  # the connections inherit it: who takes nothing for so long is gone
             with socket.socket(fileno=os.dup(listener.fileno())) as same:  # uvloop's has no options
                 same.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * self._config.unread_s))

@@ -100,7 +100,7 @@ def _sampling(given: dict[str, Any], service: Service) -> Sampling:
         if name in REFUSED:
             raise ConfigError(f"sampling.{name} is not supported: {REFUSED[name]}")
     base = msgspec.to_builtins(service.config.sampling)
-    return msgspec.convert(base | given, Sampling)
+    return msgspec.convert(base | given, Sampling, str_keys=True)  # token ids are keys in logit_bias
 
 
 def _capabilities(service: Service) -> frozenset[str]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 import msgspec
 from aiohttp import web
 
-from seer_async.errors import EngineError
+from seer_async.address import canonical
+from seer_async.errors import EngineError, UsageError
 from seer_servers.service.errors import ApiError, bad_request
 from seer_servers.service.parameters import read_body
 from seer_servers.service.part import Route
@@ -103,9 +103,10 @@ class Workers:
 
     async def _add(self, request: web.Request) -> web.Response:
         url = (await read_body(request, AddBody)).url.rstrip("/")
-        parts = urlsplit(url)
-        if parts.scheme not in {"http", "https"} or not parts.hostname:
-            raise bad_request(f"{url!r} is not a URL like http://127.0.0.1:8000", "url")
+        try:
+            canonical(url)
+        except UsageError as error:
+            raise bad_request(str(error), "url") from None
         name = self._at(url)
         if name is None:
             await self._check(url)
@@ -123,6 +124,8 @@ class Workers:
                 f"{url} serves {info.model!r}, the fleet {self._service.info.model!r}: it needs one model",
                 param="url",
             )
+        if twin := self._service.fleet.twin("", info):
+            raise ApiError(400, f"{url} is the same server as {twin}, which is in the fleet", param="url")
 
     async def _remove(self, request: web.Request) -> web.Response:
         name = self._named(request)
@@ -138,7 +141,13 @@ class Workers:
         return name
 
     def _at(self, url: str) -> str | None:
-        return next((name for name, client in self._service.fleet.clients.items() if client.url == url), None)
+        try:
+            here = canonical(url)
+        except UsageError:
+            return None
+        return next(
+            (name for name, client in self._service.fleet.clients.items() if canonical(client.url) == here), None
+        )
 
     async def _live(self) -> Collection[str]:
         await self._watch.look()
