@@ -52,10 +52,10 @@ class Budget:
     def _tired(self) -> bool:
         return self._idle >= OFF_AFTER
 
-    def learn(self, requests: int, drafts: int, generated: int, milliseconds: float) -> None:
-        """Take in a step in which every one of `requests` decoded: drafts verified, tokens generated, and its time."""
+    def learn(self, requests: int, drafts: int, brought: float, milliseconds: float) -> None:
+        """Take in a step in which every one of `requests` decoded: drafts verified, tokens it brought, and its time."""
         self.times.learn(requests, drafts, milliseconds)
-        self._duels.at(requests).step(drafted=self._drafting, wait=milliseconds, tokens=generated / requests)
+        self._duels.at(requests).step(drafted=self._drafting, wait=milliseconds, tokens=brought / requests)
 
     def wants_drafts(self, requests: int) -> bool:
         """Whether drafts for the next step, of `requests`, are worth looking for; call it once a step."""

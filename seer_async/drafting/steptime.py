@@ -21,6 +21,7 @@ MEMORY = 150.0  # steps after which an old one weighs a third (1/e)
 TRUST = np.array([1e-3, 3.0, 3.0, 0.3])  # how firmly each parameter is held to its start: base barely, slopes firmly
 OUTLIER = 1.5  # a step this many times slower than predicted was held up by something else
 WARM = 8  # steps of a model before outliers can be told
+SOLVED_EVERY = 8  # steps, after the first `WARM`: what eight of them say is soon enough
 
 
 class Profile(NamedTuple):
@@ -81,8 +82,9 @@ class _Model:
         fade = 1 - 1 / MEMORY
         self._squares = self._squares * fade + np.outer(features, features)
         self._products = self._products * fade + features * milliseconds
-        hold = np.diag(TRUST)
-        self._parameters = np.linalg.solve(self._squares + hold, self._products + hold @ self._start)
+        if self._steps <= WARM or self._steps % SOLVED_EVERY == 0:
+            hold = np.diag(TRUST)
+            self._parameters = np.linalg.solve(self._squares + hold, self._products + hold @ self._start)
 
     @property
     def parameters(self) -> list[float]:

@@ -33,6 +33,7 @@ logger = init_logger("vllm.seer")
 SEND_S, FETCH_S = 0.1, 0.2  # siblings' news may be that old; the client's thread shares the engine's core
 TTL_S = 600.0  # how long the draft server keeps a group that no engine speaks of
 SWEEP_EVERY = 32  # steps
+TAKE_IN_EVERY = 8  # steps, while nothing is drafted: one by one, tokens cost an engine that gains nothing by them
 SETTINGS = ("max_spec_tokens", "pattern_lookup_min", "pattern_lookup_max", "min_score")
 PROFILE_TOKENS = (1, 2, 4, 8, 16, 32, 64)
 PROFILE_ROUNDS = 3
@@ -54,6 +55,7 @@ class Row:
         self.stops: set[int] = set() if params.ignore_eos else set(params.all_stop_token_ids)
         self.known = 0  # tokens of the response that the group has
         self.path: Path | None = None
+        self.survival: list[float] = []  # of the tokens that were drafted: the chance that all up to each come
 
     def room(self, length: int, model_len: int) -> int:
         """How many tokens may be drafted behind `length` tokens, the last token of the response not among them."""
@@ -144,10 +146,12 @@ class GroupedDrafter:
         del slot_mappings
         start = time.perf_counter()
         batch = self._decoding(sampled_token_ids, num_tokens_no_spec)
-        self._learn_time(start, batch, sum(map(len, sampled_token_ids)))
-        self._take_in(batch, sampled_token_ids, token_ids_cpu)
+        self._learn_time(start, batch)
+        drafting = self.enabled and (not self.adaptive or self.budget.wants_drafts(len(batch)))
+        if drafting or self._scheduled.scheduled_spec_decode_tokens or self.stats.steps % TAKE_IN_EVERY == 0:
+            self._take_in(batch, sampled_token_ids, token_ids_cpu)
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
-        if self.enabled and (not self.adaptive or self.budget.wants_drafts(len(batch))):
+        if drafting:
             self._draft(batch, token_ids_cpu, drafts)
         self.stats.step(time.perf_counter() - start, off=self.budget.off, switch_offs=self.budget.switch_offs)
         if self.stats.steps % SWEEP_EVERY == 0:
@@ -167,8 +171,12 @@ class GroupedDrafter:
                 self.client.register_group(row.group, TTL_S)
         return row
 
-    def _learn_time(self, now: float, batch: list[Decoding], generated: int) -> None:
-        """Learn from the time since the last step, if it was this step's alone: every request decoded, none waited."""
+    def _learn_time(self, now: float, batch: list[Decoding]) -> None:
+        """Learn from the time since the last step, if it was this step's alone: every request decoded, none waited.
+
+        What the step brought is what could be expected of its drafts: with few requests what they really get is luck,
+        and drafting would be judged by that. The chances are learned from what really comes.
+        """
         then, before = self._last
         counts: dict[str, int] = self._scheduled.num_scheduled_tokens
         drafted: dict[str, list[int]] = self._scheduled.scheduled_spec_decode_tokens
@@ -178,7 +186,9 @@ class GroupedDrafter:
         plain = all(count == 1 + len(drafted.get(request_id, ())) for request_id, count in counts.items())
         if plain and len(batch) == len(counts) and not before.isdisjoint(counts):
             verified = sum(map(len, drafted.values()))
-            self.budget.learn(len(batch), verified, generated, (now - then) * 1e3)
+            ids: list[str] = self._runner.input_batch.req_ids
+            right = sum(sum(row.survival[: len(drafted.get(ids[place], ()))]) for place, row, _ in batch)
+            self.budget.learn(len(batch), verified, len(batch) + right, (now - then) * 1e3)
 
     def _take_in(self, batch: list[Decoding], sampled: list[list[int]], tokens: NDArray[np.int32]) -> None:
         drafted: dict[str, list[int]] = self._scheduled.scheduled_spec_decode_tokens
@@ -208,9 +218,9 @@ class GroupedDrafter:
         counts = self.budget.allot(survival, [decoding.row.weight for decoding in batch])
         if not self.adaptive:
             counts = [len(path) for path in survival]
-        for (place, row, _), path, count in zip(batch, found, counts, strict=True):
+        for (place, row, _), path, chances, count in zip(batch, found, survival, counts, strict=True):
             if path and count:
-                row.path = path
+                row.path, row.survival = path, chances[:count]
                 drafts[place] = path.tokens[:count]
 
     def _propose(self, decoding: Decoding, tokens: NDArray[np.int32]) -> Path | None:

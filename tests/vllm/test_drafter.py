@@ -1,0 +1,87 @@
+"""The drafter between its parts: when it takes in tokens, and what it tells the budget."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="the drafter is vLLM's to call")
+
+import numpy as np
+
+from seer_servers.plugin.drafter import TAKE_IN_EVERY, GroupedDrafter
+
+PROMPT = [1, 2, 3, 4]
+TEXT = [5, 6, 7, 8, 9] * 8  # says what comes next
+
+
+class Engine:
+    """One request that decodes, without a model."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        config = SimpleNamespace(
+            model_config=SimpleNamespace(max_model_len=128, get_vocab_size=lambda: 32),
+            speculative_config=SimpleNamespace(num_speculative_tokens=4),
+        )
+        self.drafter = GroupedDrafter(config)
+        self.drafting = True
+        self.learned: list[tuple[int, int, float, float]] = []
+        monkeypatch.setattr(self.drafter.budget, "wants_drafts", lambda _: self.drafting)
+        monkeypatch.setattr(self.drafter.budget, "allot", lambda survival, _: [len(path) for path in survival])
+        monkeypatch.setattr(self.drafter.budget, "learn", lambda *told: self.learned.append(told))
+        params = SimpleNamespace(
+            extra_args={"seer_group": "g", "seer_request": "r"},
+            max_tokens=100,
+            min_tokens=0,
+            ignore_eos=True,
+            all_stop_token_ids=set(),
+        )
+        state = SimpleNamespace(sampling_params=params, prompt_token_ids=PROMPT)
+        self.runner = SimpleNamespace(input_batch=SimpleNamespace(req_ids=["a"]), requests={"a": state})
+        self.text = list(PROMPT)
+
+    def step(self, sampled: list[int], drafted: list[int]) -> list[int]:
+        """Let a step verify `drafted` and sample `sampled`; returns the next draft."""
+        self.text += sampled
+        scheduled: Any = SimpleNamespace(
+            num_scheduled_tokens={"a": 1 + len(drafted)},
+            scheduled_spec_decode_tokens={"a": drafted} if drafted else {},
+        )
+        self.drafter.prepare(self.runner, scheduled)
+        tokens = np.zeros((1, 128), dtype=np.int32)
+        tokens[0, : len(self.text)] = self.text
+        (draft,) = self.drafter.propose([sampled], np.array([len(self.text)], dtype=np.int32), tokens)
+        return draft
+
+    @property
+    def known(self) -> int:
+        """Tokens of the response that siblings may draft from."""
+        return self.drafter.groups.length("g", "r")
+
+
+def test_while_nothing_is_drafted_tokens_are_taken_in_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(monkeypatch)
+    engine.drafting = False
+    seen = [engine.known for token in TEXT[: 2 * TAKE_IN_EVERY] if engine.step([token], []) == []]
+    assert seen == [1] * TAKE_IN_EVERY + [1 + TAKE_IN_EVERY] * TAKE_IN_EVERY
+    engine.drafting = True
+    engine.step([TEXT[2 * TAKE_IN_EVERY]], [])
+    assert engine.known == 2 * TAKE_IN_EVERY + 1
+
+
+def test_drafts_are_judged_by_what_could_be_expected_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By luck all or none of a draft is right; the budget hears the same of both."""
+    brought = []
+    for right in (True, False):
+        engine, draft = Engine(monkeypatch), []
+        for token in TEXT[:20]:
+            draft = engine.step([token], [])
+        assert draft == TEXT[20:24]
+        engine.step(TEXT[20:25] if right else [30], draft)
+        (requests, verified, expected, _) = engine.learned[-1]
+        assert (requests, verified) == (1, 4)
+        brought.append(expected)
+    assert brought[0] == brought[1]
+    assert 1 < brought[0] < 5
