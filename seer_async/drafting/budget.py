@@ -30,6 +30,8 @@ OFF_AFTER = 16  # steps
 TRY_EVERY = 32  # steps, while off
 TRY_MOST = 2  # tokens of a request, then
 REST_EVERY = 64  # steps, while on
+PEEK_EVERY = 16  # steps in which the clock has switched drafting off, and what drafts would bring is looked up
+RECENT = 0.2  # share of the newest look in the average
 
 
 class Budget:
@@ -38,7 +40,9 @@ class Budget:
     def __init__(self, times: StepTime) -> None:
         self.times = times
         self.switch_offs = 0
-        self._duels = Duels(trusting=True)  # drafts are made only where the model expects a gain
+        # Drafts are made only where the model expects a gain, so it is trusted at first.
+        self._duels = Duels(trusting=True, guess=lambda: self._brings)
+        self._brings: float | None = None  # tokens of a request and step, with drafts, as the chances say
         self._drafting = True  # allowed in the step that runs now
         self._step = 0
         self._idle = 0  # steps in a row without a gain
@@ -62,7 +66,9 @@ class Budget:
         self._step += 1
         before, self._drafting = self._drafting, not requests or self._duels.at(requests).drafting
         self.switch_offs += before and not self._drafting
-        return self._drafting and self._step % (TRY_EVERY if self._tired else 1) == 0
+        if not self._drafting:
+            return self._step % PEEK_EVERY == 0
+        return self._step % (TRY_EVERY if self._tired else 1) == 0
 
     def allot(self, survival: Sequence[Sequence[float]], weights: Sequence[float]) -> list[int]:
         """Drafted tokens for each request of the batch.
@@ -70,26 +76,34 @@ class Budget:
         `survival[i][j]` is the chance that request i's tokens up to j are all accepted; `weights[i]` what one of its
         tokens is worth. Requests that do not decode are no part of the batch.
         """
-        trying = self._tired
-        counts = self._best(survival, weights, MARGIN)
-        if any(counts):
+        trying, none = self._tired, [0] * len(survival)
+        best, gain = self._best(survival, weights)
+        self._expect(survival, best)
+        if not self._drafting:
+            return none
+        if gain >= MARGIN:
             self._idle = 0
-            return counts if self._step % REST_EVERY else [0] * len(counts)
+            return best if self._step % REST_EVERY else none
         self._idle += 1
         self.switch_offs += self._idle == OFF_AFTER
         # While off, what is tried is the best there is, gain or not: it is what keeps the chances and times true.
-        return [min(TRY_MOST, count) for count in self._best(survival, weights, 0.0)] if trying else counts
+        return [min(TRY_MOST, count) for count in best] if trying else none
 
-    def _best(self, survival: Sequence[Sequence[float]], weights: Sequence[float], margin: float) -> list[int]:
+    def _expect(self, survival: Sequence[Sequence[float]], counts: Sequence[int]) -> None:
+        right = sum(sum(path[:count]) for path, count in zip(survival, counts, strict=True))
+        brings = 1 + right / max(1, len(survival))
+        self._brings = brings if self._brings is None else self._brings + RECENT * (brings - self._brings)
+
+    def _best(self, survival: Sequence[Sequence[float]], weights: Sequence[float]) -> tuple[list[int], float]:
+        """The drafts with the most tokens a millisecond, at least one if there is any, and how many times as many."""
         batch = len(survival)
         values = np.array([chance * weight for path, weight in zip(survival, weights, strict=True) for chance in path])
         if not values.size:
-            return [0] * batch
+            return [0] * batch, 0.0
         order = np.argsort(-values, kind="stable")
         worth = sum(weights) + np.concatenate(([0.0], np.cumsum(values[order])))
         rate = worth / self.times.curve(batch, values.size)
         count = int(np.argmax(rate[1:])) + 1
-        if rate[count] < margin * rate[0]:
-            return [0] * batch
         owners = np.repeat(np.arange(batch), [len(path) for path in survival])
-        return [int(drafts) for drafts in np.bincount(owners[order[:count]], minlength=batch)]
+        counts: list[int] = np.bincount(owners[order[:count]], minlength=batch).tolist()
+        return counts, float(rate[count] / rate[0])

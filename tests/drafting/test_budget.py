@@ -154,6 +154,19 @@ class TestBudget:
             assert (allowed > 3500) if pays else (allowed < 700)
             assert budget.off != pays
 
+    def test_while_it_is_off_it_looks_whether_drafts_would_pay(self):
+        """Other texts, or siblings that were not there before: it does not wait until a trial is due."""
+        budget, looks, since = Budget(StepTime(Profile(30, 0.1))), 0, 0
+        for step in range(2000):
+            pays = step >= 1000
+            looked = budget.wants_drafts(4)
+            counts = budget.allot([[0.8, 0.6] if pays else [0.1, 0.01]] * 4, [1.0] * 4) if looked else [0]
+            looks += looked and 500 <= step < 1000
+            since += step >= 1200 and not any(counts)
+            budget.learn(4, sum(counts), 4 + sum(counts) * (0.7 if pays else 0.05), 40 if any(counts) else 30)
+        assert 20 < looks < 80
+        assert since < 100
+
     def test_each_batch_size_has_its_own_duel(self):
         budget = Budget(StepTime(Profile(30, 0.1)))
         for _ in range(1000):
