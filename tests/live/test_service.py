@@ -139,7 +139,9 @@ async def test_refusals(engines: list[MockProcess]) -> None:
 async def test_pause(engines: list[MockProcess], mode: str) -> None:
     async with serving(engines[:2]) as service:
         before = service.submit(work(7, n=4))
-        await asyncio.sleep(0.05)
+        async with asyncio.timeout(10):
+            while not service.core.calls:  # of several chunks each; none has ended yet
+                await asyncio.sleep(0)
         await service.pause(mode)
         if mode == "abort":
             await service.end(2.0)
