@@ -70,16 +70,16 @@ class Tally:
         return not self.off_policy and len(self.weight_versions) <= 1
 
 
-def effort_of(snapshot: Snapshot, seconds: float) -> Effort:
-    """What the part took that ends with this snapshot."""
+def effort_of(last: Snapshot | _Line, seconds: float) -> Effort:
+    """What the part took that ends with this snapshot, or with what was written down of it."""
     return Effort(
         seconds=round(seconds, 3),
-        generated=sum(view.generated for view in snapshot.engines),
-        migrations=snapshot.migrations,
-        retries=snapshot.retries,
-        restarts=snapshot.restarts,
-        preemptions=snapshot.preemptions,
-        pooled_tokens=snapshot.pool.loaded if snapshot.pool else 0,
+        generated=sum(engine.generated for engine in last.engines),
+        migrations=last.migrations,
+        retries=last.retries,
+        restarts=last.restarts,
+        preemptions=last.preemptions,
+        pooled_tokens=last.pool.loaded if last.pool else 0,
     )
 
 
@@ -120,15 +120,7 @@ def effort_in_metrics(path: Path, since: float) -> Effort:
                     first, last = first or line, line
     if first is None or last is None:
         return Effort()
-    return Effort(
-        seconds=round(last.now - first.now, 3),
-        generated=sum(engine.generated for engine in last.engines),
-        migrations=last.migrations,
-        retries=last.retries,
-        restarts=last.restarts,
-        preemptions=last.preemptions,
-        pooled_tokens=last.pool.loaded if last.pool else 0,
-    )
+    return effort_of(last, last.now - first.now)
 
 
 def _line(text: bytes) -> _Line | None:

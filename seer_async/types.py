@@ -191,9 +191,9 @@ class DraftStats(msgspec.Struct, frozen=True, kw_only=True):
     own seconds), and `accepted_at[i]` of `drafted_at[i]` tokens at position i of a draft.
     """
 
-    verified: int
-    drafted: int
-    accepted: int
+    verified: int = 0
+    drafted: int = 0
+    accepted: int = 0
     generated: int = 0
     steps: int = 0
     steps_off: int = 0

@@ -166,9 +166,14 @@ class Duel:
     def _pays_no_more(self) -> bool:
         return self.drafting and self._block.steps >= self._drafts_counted and self._recent < self._needed
 
+    @property
+    def _sides(self) -> tuple[_Block | None, _Block | None]:
+        """The block with drafts and the one without, of which the last is not over yet; None before there is one."""
+        return (self._block, self._off) if self.drafting else (self._pair.get(True), self._block)
+
     def _verdict(self) -> bool | None:
         """Whether drafting has won, beyond doubt, in a block that is not over yet; None while it may go either way."""
-        drafted, off = (self._block, self._off) if self.drafting else (self._pair.get(True), self._block)
+        drafted, off = self._sides
         if drafted is None or off is None:
             return None
         doubt = ERRORS * hypot(drafted.error, off.error)
@@ -178,7 +183,8 @@ class Duel:
 
     def _stop(self, *, drafting: bool) -> None:
         """The trial is over before its block is."""
-        drafted, off = (self._block, self._off) if self.drafting else (self._pair[True], self._block)
+        drafted, off = self._sides
+        assert drafted is not None
         assert off is not None
         self._gains.append(off.rate / drafted.rate)
         self._tried[self.drafting] += SETTLE + self._block.steps

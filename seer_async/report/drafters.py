@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from seer_async.report.elapsed import Elapsed
-    from seer_async.report.run import DraftReading, Run
+    from seer_async.report.run import Run
+    from seer_async.types import DraftStats
 
 LEAST = 20  # tokens drafted for a group or at a position, below which the share says nothing
 
@@ -48,10 +49,10 @@ class Drafter(msgspec.Struct, frozen=True, kw_only=True):
         return None if not self.steps or self.steps_off is None else self.steps_off / self.steps
 
 
-class GroupDrafts(msgspec.Struct, frozen=True):
-    """What drafts brought one group, over all engines."""
+class Accepted:
+    """What follows from counts of drafts that were verified, of their tokens, and of those that were accepted."""
 
-    id: str
+    __slots__ = ()
     verified: int
     drafted: int
     accepted: int
@@ -63,13 +64,22 @@ class GroupDrafts(msgspec.Struct, frozen=True):
 
     @property
     def length(self) -> float:
-        """Tokens that a draft brought on average, the bonus token included."""
+        """Tokens that a verified draft brought on average, the bonus token included."""
         return 1 + self.accepted / self.verified if self.verified else 1.0
+
+
+class GroupDrafts(Accepted, msgspec.Struct, frozen=True):
+    """What drafts brought one group, over all engines."""
+
+    id: str
+    verified: int
+    drafted: int
+    accepted: int
 
 
 def drafters(run: Run, elapsed: Elapsed) -> list[Drafter]:
     """The engines that drafted, by name."""
-    seen: dict[str, list[tuple[float, DraftReading]]] = {}
+    seen: dict[str, list[tuple[float, DraftStats]]] = {}
     for reading in run.readings:
         for engine in reading.engines:
             if engine.drafts:
@@ -83,7 +93,7 @@ def group_drafts(run: Run) -> list[GroupDrafts]:
     return sorted((group for group in found if group.drafted >= LEAST), key=lambda group: (-group.share, group.id))
 
 
-def _drafter(name: str, seen: Sequence[tuple[float, DraftReading]]) -> Drafter:
+def _drafter(name: str, seen: Sequence[tuple[float, DraftStats]]) -> Drafter:
     gain = DraftGain()
     for (_, before), (_, now) in pairwise(seen):
         gain.add(before, now)

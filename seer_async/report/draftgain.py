@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from seer_async.report.run import DraftReading
+    from seer_async.types import DraftStats
 
 _COUNTS = ("verified", "drafted", "accepted", "generated", "steps", "steps_off", "switch_offs")
 
@@ -23,7 +23,7 @@ class DraftGain:
         self.drafted_at: list[int] = []
         self.accepted_at: list[int] = []
 
-    def add(self, before: DraftReading, now: DraftReading) -> None:
+    def add(self, before: DraftStats, now: DraftStats) -> None:
         """Add what came between two readings; counters that fell belong to engines that have started again."""
         if now.generated < before.generated or now.drafted < before.drafted:
             return

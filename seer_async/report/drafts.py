@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from seer_async.report.drafters import Drafter, GroupDrafts, drafters, group_drafts
+from seer_async.report.drafters import Accepted, Drafter, GroupDrafts, drafters, group_drafts
 from seer_async.report.draftgain import DraftGain
 from seer_async.report.thin import Point, thin_line
 
@@ -22,7 +22,7 @@ _MOST_POINTS = 300
 _LEAST_DRAFTED = 20  # tokens between two points; a share of fewer is noise
 
 
-class Drafts(msgspec.Struct, frozen=True, kw_only=True):
+class Drafts(Accepted, msgspec.Struct, frozen=True, kw_only=True):
     """Drafting during a run: counts of drafts and tokens, and both rates over time as (seconds, value).
 
     `acceptance` is the share of drafted tokens that was accepted, `lengths` the tokens that a verified draft brought,
@@ -37,16 +37,6 @@ class Drafts(msgspec.Struct, frozen=True, kw_only=True):
     lengths: list[Point]
     engines: list[Drafter]
     groups: list[GroupDrafts]
-
-    @property
-    def share(self) -> float:
-        """Share of the drafted tokens that were accepted."""
-        return self.accepted / self.drafted if self.drafted else 0.0
-
-    @property
-    def length(self) -> float:
-        """Tokens that a verified draft brought on average, the bonus token included."""
-        return 1 + self.accepted / self.verified if self.verified else 1.0
 
 
 def drafts(run: Run, elapsed: Elapsed) -> Drafts | None:

@@ -13,7 +13,7 @@ import msgspec
 from seer_async.errors import StorageError, UsageError
 from seer_async.journal import Step, read_steps
 from seer_async.runfolder import RunInfo
-from seer_async.types import Chunk
+from seer_async.types import Chunk, DraftStats
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,21 +49,6 @@ class Response(msgspec.Struct, frozen=True, kw_only=True):
         return self.finish_reason in _COMPLETE
 
 
-class DraftReading(msgspec.Struct, frozen=True):
-    """Counters of an engine, or of all together, since they started; see `types.DraftStats`."""
-
-    verified: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    generated: int = 0
-    steps: int = 0
-    steps_off: int = 0
-    switch_offs: int = 0
-    drafter_s: float = 0.0
-    drafted_at: list[int] = []
-    accepted_at: list[int] = []
-
-
 class EngineReading(msgspec.Struct, frozen=True):
     """One engine in one line of metrics.jsonl; see `snapshot.EngineView`."""
 
@@ -71,7 +56,7 @@ class EngineReading(msgspec.Struct, frozen=True):
     kv_used: float = 0.0
     in_flight: int = 0
     preemptions: int = 0
-    drafts: DraftReading | None = None
+    drafts: DraftStats | None = None
 
 
 class Reading(msgspec.Struct, frozen=True):
@@ -81,7 +66,7 @@ class Reading(msgspec.Struct, frozen=True):
     engines: list[EngineReading] = []
     retries: int = 0
     restarts: int = 0
-    drafts: DraftReading | None = None
+    drafts: DraftStats | None = None
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
