@@ -29,7 +29,9 @@ from vllm.v1.worker.gpu.spec_decode import adaptive_verification
 from seer_async.drafting.outlook import Outlook
 from seer_servers.plugin import gpu_drafting, gpu_siblings, gpu_switch, gpu_verification
 from seer_servers.plugin import gpu_kernels as kernels
+from seer_servers.plugin.draft_stats import read_page
 from seer_servers.plugin.gpu_siblings import Name, Siblings
+from seer_servers.plugin.gpu_speculator import Page
 
 if not torch.cuda.is_available() and isinstance(triton.language.max, triton.runtime.JITFunction):
     pytest.skip("Triton was imported before its interpreter was asked for", allow_module_level=True)
@@ -92,7 +94,7 @@ class Engine:
     def receive(self, group, request, before, tokens):
         self.siblings.receive(Name(group, request), before, np.array(tokens, dtype=np.int32))
 
-    def draft(self, slots, sampled=None, splits=3, rates=None):
+    def draft(self, slots, sampled=None, splits=3, rates=None, weights=(1.0,) * SLOTS, mean=1.0):
         self.siblings.refresh()
         count = len(slots)
         batch = kernels.Batch(
@@ -105,7 +107,8 @@ class Engine:
         kernels.scan(tables, batch, found, shortest=SHORTEST_MATCH, longest=LONGEST_MATCH)
         choice = fresh_choice()
         rates = torch.full((kernels.KINDS, STEPS), 0.5, device=DEVICE) if rates is None else rates
-        kernels.choose(tables, batch, found, rates=rates, choice=choice, recent=0.1)
+        weights = kernels.Weights(torch.tensor(weights, device=DEVICE), mean)
+        kernels.choose(tables, batch, found, rates=rates, weights=weights, choice=choice, recent=0.1)
         return found, choice
 
     def sequence(self, row):
@@ -345,6 +348,11 @@ def test_more_tokens_than_a_row_holds(engine):
 # Learning
 
 
+def totals_of(groups):
+    kinds = {"dtype": torch.int64, "device": DEVICE}
+    return kernels.Totals(torch.zeros(2, STEPS, **kinds), torch.zeros(groups, 3, **kinds))
+
+
 def test_counts_of_what_was_accepted():
     choice = fresh_choice()
     choice.kinds[:4] = torch.tensor([7, 7, -1, 3])
@@ -356,12 +364,61 @@ def test_counts_of_what_was_accepted():
         torch.tensor([0, 4, 9, 12, 17], dtype=torch.int32, device=DEVICE),
     )
     tallies = torch.zeros(2, kernels.KINDS, STEPS, dtype=torch.int32, device=DEVICE)
-    totals = torch.zeros(2, STEPS, dtype=torch.int64, device=DEVICE)
-    kernels.observe(batch, choice, tallies, totals)
+    totals = totals_of(groups=3)
+    kernels.observe(batch, choice, tallies, totals, torch.tensor([2, 0, 1, 2], dtype=torch.int32, device=DEVICE))
     assert tallies[0, 7].tolist() == [2, 2, 0, 0]
     assert tallies[1, 7].tolist() == [2, 1, 0, 0]
     assert int(tallies.sum()) == 7
-    assert totals.tolist() == [[2, 2, 1, 0], [2, 1, 0, 0]]
+    assert totals.by_place.tolist() == [[2, 2, 1, 0], [2, 1, 0, 0]]
+    assert totals.by_group.tolist() == [[1, 2, 2], [0, 0, 0], [1, 3, 1]]
+
+
+def test_a_token_of_a_request_with_priority_weighs_more(engine):
+    for slot in range(2):
+        engine.add(slot, "g", str(slot), [1, 2], [3, 1, 2, 3, 1, 2])
+    rates = torch.linspace(0.9, 0.2, STEPS, device=DEVICE).repeat(kernels.KINDS, 1)
+    _, plain = engine.draft([0, 1], rates=rates)
+    _, weighted = engine.draft([0, 1], rates=rates, weights=(2.0, *(1.0,) * (SLOTS - 1)), mean=1.5)
+    for ours, theirs in ((plain.confidences, weighted.confidences), (plain.forecasts, weighted.forecasts)):
+        value = theirs[:2].cumprod(dim=1) / ours[:2].cumprod(dim=1)
+        assert value.flatten().tolist() == pytest.approx([2 / 1.5] * STEPS + [1 / 1.5] * STEPS)
+    assert torch.equal(plain.averages, weighted.averages), "what is expected of a draft is not what it is worth"
+
+
+def test_counts_are_of_the_group_that_has_the_number_now(engine, monkeypatch, tmp_path):
+    monkeypatch.setenv("SEER_DRAFT_STATS", str(tmp_path / "page" / "stats.json"))
+    monkeypatch.setattr("seer_servers.plugin.gpu_speculator.PUBLISH_S", 0.0)
+    totals = totals_of(engine.siblings.most_groups)
+    page = Page(totals, engine.siblings)
+
+    def shown():
+        for _ in range(2):  # what is copied at one step is shown at the next
+            page.step(0.0, off=False, references=0)
+        return read_page()["by_group"]
+
+    engine.add(0, "old", "r", [1, 2], [3])
+    number = engine.siblings.groups(1)["old"]
+    engine.siblings.born.clear()
+    totals.by_group[number] = torch.tensor([1, 3, 2])
+    assert shown() == {"old": [1, 3, 2]}
+    engine.siblings.retire(0)
+    for slot in range(8):  # the old group's reference gives way
+        engine.add(slot % SLOTS, "new", str(slot), [1, 2], [3])
+        engine.siblings.retire(slot % SLOTS)
+    engine.add(0, "late", "r", [1, 2], [3])
+    assert engine.siblings.groups(9) == {"new": engine.siblings.groups(2)["new"], "late": number}
+    assert shown() == {}, "they are the old group's counts until they have been cleared"
+    forget_before(engine, totals)
+    totals.by_group[number] += 1
+    assert shown() == {"late": [1, 1, 1]}
+
+
+def forget_before(engine, totals):
+    speculator = object.__new__(gpu_drafting.GroupedSpeculator)
+    speculator.siblings, speculator.newcomers = engine.siblings, {}
+    speculator._totals, speculator._found = totals, torch.zeros(1, device=DEVICE)
+    speculator._forget_before()
+    assert not engine.siblings.born
 
 
 # Verification
@@ -681,14 +738,15 @@ def test_a_step_with_drafts_or_before_one_is_the_speculators(asked, drafted):
 def test_tokens_are_handed_on_in_pieces_and_all_of_them(engine):
     handed = []
     speculator = object.__new__(gpu_drafting.GroupedSpeculator)
-    speculator.running, speculator.newcomers, speculator.siblings = {}, set(), engine.siblings
+    speculator.running, speculator.newcomers, speculator.siblings = {}, {}, engine.siblings
     speculator.outlook = Outlook()
     speculator.client = SimpleNamespace(
         register_group=lambda *_: None,
         update=lambda group, request, before, tokens: handed.append((group, request, before, list(tokens))),
     )
     kinship = {"seer_group": "g", "seer_request": "r"}
-    speculator.added("id", 0, [1, 2], [3], kinship)
+    speculator.added("id", 0, [1, 2], [3], kinship | {"seer_priority": "high"})
+    assert (speculator.running["id"].weight, speculator.newcomers) == (2.0, {0: 2.0})
     for token in range(20):
         speculator.sampled({"id": 1, "unknown": 0}, [[9], [token % VOCABULARY]])
     assert len(handed) == 1, "one call of the client is not made for each token"

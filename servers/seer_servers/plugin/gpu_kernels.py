@@ -154,6 +154,7 @@ def _choose_kernel(
     sampled,
     found,
     rates,  # float32 [kinds, steps]
+    weights,  # float32 [slots]
     drafts,  # int64 [requests, steps]
     confidences,  # float32 [slots, steps]
     averages,  # float32 [slots, steps]
@@ -165,6 +166,7 @@ def _choose_kernel(
     candidates,
     splits,
     recent,  # share of the newest confidence in the average
+    share,  # of a weight: one over the batch's mean
     SLOTS: tl.constexpr,
     STEPS: tl.constexpr,
     STEPS_PO2: tl.constexpr,
@@ -216,13 +218,15 @@ def _choose_kernel(
 
     kind = _kind(longest, votes, voters)
     rate = tl.load(rates + kind * STEPS + step, mask=valid, other=0.0)
-    tl.store(confidences + slot * STEPS + step, rate, mask=step < STEPS)
+    # What is made of confidences is their products along a draft, so a weight on the first is one on all.
+    weight = tl.where(step == 0, tl.load(weights + slot) * share, 1.0)
+    tl.store(confidences + slot * STEPS + step, rate * weight, mask=step < STEPS)
     tl.store(kinds + slot, tl.where(matches, kind, -1))
     tl.store(offered + slot, tl.sum(valid.to(tl.int32), axis=0))
     average = tl.load(averages + slot * STEPS + step, mask=step < STEPS, other=0.0)
     average += recent * (rate - average)
     tl.store(averages + slot * STEPS + step, average, mask=step < STEPS)
-    tl.store(forecasts + slot * STEPS + step, (average + rate) * 0.5, mask=step < STEPS)
+    tl.store(forecasts + slot * STEPS + step, (average + rate) * 0.5 * weight, mask=step < STEPS)
 
 
 @triton.jit
@@ -234,6 +238,8 @@ def _observe_kernel(
     offered,
     tallies,  # [2, KINDS, steps]: reached by verification, accepted
     totals,  # int64 [2, steps]: verified, accepted
+    groups,  # [slots]
+    by_group,  # int64 [groups, 3]: drafts, drafted tokens, accepted tokens
     KINDS: tl.constexpr,
     STEPS: tl.constexpr,
     STEPS_PO2: tl.constexpr,
@@ -254,6 +260,11 @@ def _observe_kernel(
     tl.atomic_add(tallies + KINDS * STEPS + cell, one, mask=accepted)
     tl.atomic_add(totals + step, one.to(tl.int64), mask=step < verified)
     tl.atomic_add(totals + STEPS + step, one.to(tl.int64), mask=accepted)
+    if verified > 0:
+        group = by_group + tl.load(groups + slot) * 3
+        tl.atomic_add(group, tl.full([], 1, tl.int64))
+        tl.atomic_add(group + 1, verified.to(tl.int64))
+        tl.atomic_add(group + 2, tl.sum(accepted.to(tl.int64), axis=0))
 
 
 @triton.jit
@@ -298,15 +309,29 @@ class Choice(NamedTuple):
     """What `choose` writes; all but the drafts are by slot and live on from step to step."""
 
     drafts: torch.Tensor  # int64 [requests, steps]
-    confidences: torch.Tensor  # float32 [slots, steps] chance of each token if all before it are right
+    confidences: torch.Tensor  # float32 [slots, steps] chance of each token if all before it are right; first weighted
     averages: torch.Tensor  # float32 [slots, steps] of past confidences
-    forecasts: torch.Tensor  # float32 [slots, steps] confidences to expect of the draft after this one
+    forecasts: torch.Tensor  # float32 [slots, steps] confidences to expect of the draft after this one, likewise
     kinds: torch.Tensor  # [slots] kind of the match, -1 without one
     offered: torch.Tensor  # [slots] drafted tokens
 
 
+class Weights(NamedTuple):
+    """What a token of each request is worth, against one of another."""
+
+    by_slot: torch.Tensor  # float32 [slots]
+    mean: float = 1.0  # of the requests that run
+
+
 def choose(
-    tables: Tables, batch: Batch, found: torch.Tensor, *, rates: torch.Tensor, choice: Choice, recent: float
+    tables: Tables,
+    batch: Batch,
+    found: torch.Tensor,
+    *,
+    rates: torch.Tensor,
+    weights: Weights,
+    choice: Choice,
+    recent: float,
 ) -> None:
     """Turn what `scan` found into drafts; `rates` float32 [KINDS, steps] gives each kind's confidences."""
     requests, candidates, splits = found.shape
@@ -318,12 +343,14 @@ def choose(
         *batch[:2],
         found,
         rates,
+        weights.by_slot,
         *choice,
         tables.slot_tokens.stride(0),
         tables.members.stride(0),
         candidates,
         splits,
         recent,
+        1 / weights.mean,
         SLOTS=tables.slot_tokens.shape[0],
         STEPS=steps,
         STEPS_PO2=triton.next_power_of_2(steps),
@@ -332,15 +359,27 @@ def choose(
     )
 
 
-def observe(batch: Batch, choice: Choice, tallies: torch.Tensor, totals: torch.Tensor) -> None:
-    """Count what this step made of the last drafts: `tallies` [2, KINDS, steps], `totals` int64 [2, steps]."""
+class Totals(NamedTuple):
+    """Counts since the engine's start, all int64."""
+
+    by_place: torch.Tensor  # [2, steps]: drafted tokens that were verified, and those accepted
+    by_group: torch.Tensor  # [groups, 3]: drafts verified, their tokens, and those accepted
+
+
+def observe(batch: Batch, choice: Choice, tallies: torch.Tensor, totals: Totals, groups: torch.Tensor) -> None:
+    """Count what this step made of the last drafts: in `tallies` [2, KINDS, steps], and for good in `totals`.
+
+    `groups` [slots] is each slot's group.
+    """
     steps = tallies.shape[2]
     _observe_kernel[(len(batch.slots),)](
         *batch,
         choice.kinds,
         choice.offered,
         tallies,
-        totals,
+        totals.by_place,
+        groups,
+        totals.by_group,
         KINDS=KINDS,
         STEPS=steps,
         STEPS_PO2=triton.next_power_of_2(steps),

@@ -10,6 +10,7 @@ from a row while it is being overwritten is wrong and costs its verification, no
 """
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,6 +45,7 @@ class Siblings:
     def __init__(self, request_states: Any, vocabulary: int, *, references: int | None = None) -> None:
         slots, self._longest = request_states.max_num_reqs, request_states.max_model_len
         references = references or max(1, min(MAX_REFERENCES, REFERENCE_BYTES // (4 * self._longest)))
+        self.most_groups: int = slots + references  # at a time; they have the numbers below
         self._states, self._slots, self._all, self._vocabulary = request_states, slots, references, vocabulary
         self.most_members = 0  # of a group, as of the last refresh
         self._groups: dict[str, _Group] = {}
@@ -53,6 +55,7 @@ class Siblings:
         self._origins: dict[int, int] = {}  # by reference: where its response begins
         self._known: dict[int, int] = {}  # by reference from elsewhere: tokens of its response
         self._changed: set[str] = set()
+        self.born: set[int] = set()  # groups that have got a number which may have been another's; the reader clears it
         self._begins: dict[int, int] = {}  # by row: what `_starts` is to say
         self._joined: dict[int, int] = {}  # by slot: its group, likewise
         self._dirty = False
@@ -70,6 +73,11 @@ class Siblings:
         running = self._states.all_token_ids.gpu, self._states.total_len.gpu
         mine = (self._tokens, self._lengths, self._starts, self._of_slot, self._members, self._counts)
         return Tables(*running, *(table.gpu for table in mine))
+
+    def groups(self, most: int) -> dict[str, int]:
+        """The numbers of the latest `most` groups, the latest last."""
+        first = max(0, len(self._groups) - most)
+        return {name: group.index for name, group in islice(self._groups.items(), first, None)}
 
     @property
     def references(self) -> int:
@@ -154,7 +162,8 @@ class Siblings:
 
     def _join(self, row: int, name: Name) -> None:
         if name.group not in self._groups:
-            self._groups[name.group] = _Group(self._free_groups.pop())
+            self._groups[name.group] = group = _Group(self._free_groups.pop())
+            self.born.add(group.index)
         self._groups[name.group].rows[name.request] = row
         self._names[row] = name
         self._changed.add(name.group)

@@ -20,8 +20,9 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
+from seer_async.drafting.budget import HIGH_WEIGHT
 from seer_async.drafting.outlook import Outlook
-from seer_servers.plugin.draft_stats import PUBLISH_S, STATS_ENV, write_page
+from seer_servers.plugin.draft_stats import MAX_GROUPS, PUBLISH_S, STATS_ENV, write_page
 from seer_servers.plugin.gpu_kernels import (
     KINDS,
     LENGTHS,
@@ -30,6 +31,8 @@ from seer_servers.plugin.gpu_kernels import (
     SUPPORTS,
     Batch,
     Choice,
+    Totals,
+    Weights,
     choose,
     observe,
     scan,
@@ -65,7 +68,7 @@ class GroupedSpeculator(BaseSpeculator):  # type: ignore[misc]  # vLLM has no ty
         self.siblings = Siblings(req_states, vllm_config.model_config.get_vocab_size())
         self.running: dict[str, Running] = {}
         self.outlook = Outlook()
-        self.newcomers: set[int] = set()  # slots of whose requests nothing is known yet
+        self.newcomers: dict[int, float] = {}  # by slot, of whose request nothing is known yet: its weight
         self.client = _client()
         self._match = {"shortest": spec.prompt_lookup_min, "longest": min(spec.prompt_lookup_max, LONGEST_MATCH)}
         self._splits = max(1, min(MAX_SPLITS, req_states.max_model_len // SPLIT_TOKENS))
@@ -84,11 +87,14 @@ class GroupedSpeculator(BaseSpeculator):  # type: ignore[misc]  # vLLM has no ty
         self.draft_token_confidence_probs = self.choice.confidences
         self._found = zeros(slots * (1 + MEMBERS) * self._splits, dtype=torch.int32)
         self._tallies = zeros(2, KINDS, steps, dtype=torch.int32)
-        self._totals = zeros(2, steps, dtype=torch.int64)
+        self._totals = Totals(
+            zeros(2, steps, dtype=torch.int64), zeros(self.siblings.most_groups, 3, dtype=torch.int64)
+        )
+        self._weights = zeros(slots) + 1
         self._prior = _prior(steps).to(device)
         self._counts = zeros(2, KINDS, steps)
         self._rates = self._prior.clone()
-        self._page = Page(self._totals)
+        self._page = Page(self._totals, self.siblings)
 
     def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
         """Nothing here runs in a CUDA graph."""
@@ -139,26 +145,35 @@ class GroupedSpeculator(BaseSpeculator):  # type: ignore[misc]  # vLLM has no ty
 
     def _draft(self, batch: Batch) -> None:
         self._forget_before()
-        observe(batch, self.choice, self._tallies, self._totals)
+        observe(batch, self.choice, self._tallies, self._totals, self.siblings.tables.groups)
         if self._page.steps % FOLD_STEPS == 0:
             self._fold()
         self._look_up(batch, 1 + self.siblings.most_members)
 
     def _forget_before(self) -> None:
-        """Expect nothing of requests that came since the last draft: their slots were others' before."""
+        """Expect nothing of requests that came since the last draft: their slots, and groups' numbers, were others'."""
         if self.newcomers:
-            slots = async_tensor_h2d(list(self.newcomers), device=self._found.device, dtype=torch.int64)
+            slots = self._to_gpu(list(self.newcomers), torch.int64)
             for by_slot in (self.choice.confidences, self.choice.averages, self.choice.forecasts):
                 by_slot.index_fill_(0, slots, 0.0)
             self.choice.kinds.index_fill_(0, slots, -1)
+            self._weights.index_copy_(0, slots, self._to_gpu(list(self.newcomers.values()), torch.float32))
             self.newcomers.clear()
+        if self.siblings.born:
+            self._totals.by_group.index_fill_(0, self._to_gpu(list(self.siblings.born), torch.int64), 0)
+            self.siblings.born.clear()
+
+    def _to_gpu(self, values: list[Any], kind: torch.dtype) -> torch.Tensor:
+        return async_tensor_h2d(values, device=self._found.device, dtype=kind)
 
     def _look_up(self, batch: Batch, candidates: int) -> None:
         size = len(batch.slots), candidates, self._splits
         found = self._found[: size[0] * size[1] * size[2]].view(size)
         tables = self.siblings.tables
         scan(tables, batch, found, **self._match)
-        choose(tables, batch, found, rates=self._rates, choice=self.choice, recent=RECENT)
+        running = self.running.values()
+        weights = Weights(self._weights, sum(each.weight for each in running) / len(running) if running else 1.0)
+        choose(tables, batch, found, rates=self._rates, weights=weights, choice=self.choice, recent=RECENT)
 
     def _fold(self) -> None:
         """Let the newest counts into the rates. What is not seen for long goes back to its prior and is tried again."""
@@ -176,9 +191,10 @@ class GroupedSpeculator(BaseSpeculator):  # type: ignore[misc]  # vLLM has no ty
     def added(self, request_id: str, slot: int, prompt: list[int], response: list[int], extra: dict[str, Any]) -> None:
         """A request has been given `slot`: its original prompt, and what of its response came with it."""
         group = str(extra.get("seer_group") or _digest(prompt, extra.get("seer_salt")))
-        running = Running(Name(group, str(extra.get("seer_request") or request_id)))
+        weight = HIGH_WEIGHT if extra.get("seer_priority") == "high" else 1.0
+        running = Running(Name(group, str(extra.get("seer_request") or request_id)), weight)
         self.siblings.add(slot, running.name, prompt)
-        self.newcomers.add(slot)
+        self.newcomers[slot] = weight
         self.running[request_id] = running
         self.outlook.came(request_id, group)
         if self.client:
@@ -220,8 +236,9 @@ class GroupedSpeculator(BaseSpeculator):  # type: ignore[misc]  # vLLM has no ty
 class Running:
     """A request while it has a slot."""
 
-    def __init__(self, name: Name) -> None:
+    def __init__(self, name: Name, weight: float) -> None:
         self.name = name
+        self.weight = weight
         self.shared = 0  # tokens of its response that were handed on
         self.kept: list[int] = []  # and those after them
 
@@ -229,10 +246,12 @@ class Running:
 class Page:
     """What the API process sees; the GPU's counts come one page late, so that nobody waits for them."""
 
-    def __init__(self, totals: torch.Tensor) -> None:
+    def __init__(self, totals: Totals, siblings: Siblings) -> None:
         self.steps = 0
         self._path = os.environ.get(STATS_ENV)
-        self._gpu, self._totals = totals, torch.zeros(totals.shape, dtype=totals.dtype, pin_memory=totals.is_cuda)
+        self._gpu, self._siblings = totals, siblings
+        self._totals = Totals(*(torch.zeros(of.shape, dtype=of.dtype, pin_memory=of.is_cuda) for of in totals))
+        self._groups: dict[str, int] = {}  # the rows of `by_group` on its way
         self._off, self._turns, self._was_off = 0, 0, False
         self._seconds = self._published = 0.0
 
@@ -246,10 +265,14 @@ class Page:
         if self._path and time.monotonic() - self._published >= PUBLISH_S:
             self._published = time.monotonic()
             write_page(Path(self._path), self._counts() | {"references": references})
-            self._totals.copy_(self._gpu, non_blocking=True)
+            for here, there in zip(self._totals, self._gpu, strict=True):
+                here.copy_(there, non_blocking=True)
+            born = self._siblings.born  # their rows are still others'
+            self._groups = {n: at for n, at in self._siblings.groups(MAX_GROUPS).items() if at not in born}
 
     def _counts(self) -> dict[str, Any]:
-        drafted, accepted = self._totals.tolist()
+        drafted, accepted = self._totals.by_place.tolist()
+        by_group = self._totals.by_group.numpy()
         return {
             "steps": self.steps,
             "steps_off": self._off,
@@ -258,7 +281,7 @@ class Page:
             "verified": drafted[0],
             "drafted": drafted,
             "accepted": accepted,
-            "by_group": {},
+            "by_group": {name: by_group[at].tolist() for name, at in self._groups.items() if by_group[at, 0]},
         }
 
 
