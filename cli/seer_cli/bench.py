@@ -112,6 +112,12 @@ def drafts(
     model: Annotated[str | None, typer.Option(help="Model folder. [default: a small model, fetched once]")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Longest sequence of the engines.")] = None,
     kv_cache_gib: Annotated[float, typer.Option(min=0.1, help="KV cache of each engine, GiB.")] = 1.0,
+    vllm_arg: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="One more argument for each engine, for example --vllm-arg=--no-async-scheduling; repeatable."
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Add each turn to this JSONL file as it ends.", show_default=False)
     ] = None,
@@ -124,7 +130,7 @@ def drafts(
     if unknown := next((name for name in contenders if name not in KINDS), None):
         raise UsageError(f"--contender {unknown}: give one of {', '.join(KINDS)}")
     fleet = {"draft_tokens": draft_tokens, "kv_cache_gib": kv_cache_gib, "model": model, "max_model_len": max_model_len}
-    config = resolve({"fleet": fleet})
+    config = resolve({"fleet": fleet | {"vllm_args": vllm_arg or []}})
     points = [Point(b, t) for t in temperature or [0.6, 1.0] for b in batch or [1, 4, 16, 64]]
     points += [Point(4, t, elsewhere=True) for t in temperature or [0.6, 1.0]] if elsewhere else []
     prompts = read_dataset(dataset or default_dataset())

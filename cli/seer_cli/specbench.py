@@ -1,6 +1,6 @@
 """What drafting does for an engine: the same requests on engines that differ in how they draft, side by side.
 
-Each contender is a fleet of two engines. At every point (batch size, temperature) the contenders take turns with the
+Each contender has an engine, or two. At every point (batch size, temperature) the contenders take turns with the
 same groups, prompts and seeds, and only one engine works at a time. Time is the client's; CPU seconds are those of the
 engine's processes, which a busy machine disturbs less.
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import statistics
 import time
 from typing import TYPE_CHECKING
@@ -232,16 +231,15 @@ async def measure_drafts(
     turns: list[Turn] = []
     if (most := max(_groups(point, siblings, waves) for point in points)) > len(prompts):
         raise UsageError(f"a turn needs {most} prompts and there are {len(prompts)}: use a smaller --batch or --waves")
-    elsewhere = any(point.elsewhere for point in points)
     async with contextlib.AsyncExitStack() as stack:
         session = await stack.enter_async_context(engine_session())
-        lanes = []
-        for name in contenders:
-            own = folder / name
-            kind = msgspec.structs.replace(spec, draft=name, extra_env=_ONE_CORE)
-            fleet = LocalFleet(kind, 1 + elsewhere, own, say=functools.partial(_tell, say, name))
-            await stack.enter_async_context(fleet)
-            lanes.append(Contender(name, [await _engine(local, session) for local in fleet.engines]))
+        each = 1 + any(point.elsewhere for point in points)  # engines of a contender
+        specs = [
+            msgspec.structs.replace(spec, draft=name, extra_env=_ONE_CORE) for name in contenders for _ in range(each)
+        ]
+        fleet = await stack.enter_async_context(LocalFleet(specs, len(specs), folder, say=say))
+        engines = [await _engine(local, session) for local in fleet.engines]
+        lanes = [Contender(name, engines[i * each : (i + 1) * each]) for i, name in enumerate(contenders)]
         tokenised = await lanes[0].tokenise(prompts)
         for number, point in enumerate(points):
             count = _groups(point, siblings, waves)
@@ -266,10 +264,6 @@ async def _engine(local: LocalEngine, session: aiohttp.ClientSession) -> Engine:
     client = EngineClient(local.url, session)
     await client.attach(timeout_s=60, trial_timeout_s=120)
     return Engine(local, client, session)
-
-
-def _tell(say: Callable[[str], None], name: str, text: str) -> None:
-    say(f"{name}: {text}")
 
 
 def _rotated(items: list[tuple[str, Contender]], by: int) -> list[tuple[str, Contender]]:
