@@ -10,7 +10,8 @@ What the losing side of a trial loses is paid from a purse that all batch sizes 
 spent where a loss is large.
 
 Between trials the tokens that drafting brings are watched: where they fall to what would no longer pay, the next trial
-begins at once. While there is no drafting, a guess of what it would bring (see `outlook`) says whether to try.
+begins at once, and where that is beyond doubt drafting ends without one. While there is no drafting, a guess of what it
+would bring says whether to try.
 
 Invariants: drafting goes on only where a trial was won, at this batch size or lately at the next larger one (or, with a
 `trusting` start, not yet made); trials cost at most `COST` of the time, beyond the first and as far as a trial's price
@@ -38,15 +39,24 @@ MARGIN = 1.02
 COST = 0.005
 FIRST = 32  # steps at a batch size before its first trial
 SHORTEST, LONGEST = 256, 4096  # steps between trials
-NEEDED = 1.15  # tokens of a request and step that pay, before a trial has told
+WARM_UP = 24  # steps with drafts, the first of all, in which code and kernels are loaded
+OUTLIER = 5.0  # times the usual: a step that is compiled for, or that the machine had no time for
+USUAL = 0.05  # share of the newest step in what is usual
+NEEDED = 1.3  # tokens of a request and step that pay, before a trial has told: steps take 1.3 to 1.9 times as long
 PROMISING = 1.2  # a guess of so many times what pays is followed even on credit
 
 
 class Purse:
-    """What trials may cost, in steps of any batch size."""
+    """What trials may cost, in steps of any batch size; the first `cold` steps with drafts say nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, cold: int = 0) -> None:
         self._balance = 0.0
+        self._cold = cold
+
+    def warms_up(self) -> bool:
+        """Count a step with drafts; whether it is one of the first."""
+        self._cold -= 1
+        return self._cold >= 0
 
     @property
     def open(self) -> bool:
@@ -98,7 +108,7 @@ class _Block:
 class Duel:
     """Drafting against not drafting, at a batch size of about `requests`.
 
-    Until its first trial, which begins after `rest` steps, it drafts if `trusting` says so, or as `like` does, the duel
+    Until its first trial it drafts if `trusting` says so, or as `like` does, the duel
     at the next larger batch size: where drafting pays, it pays in a smaller batch too. `guess` says how many tokens of
     a request and step drafting would bring, or None.
     """
@@ -113,12 +123,10 @@ class Duel:
         *,
         trusting: bool = False,
         like: Duel | None = None,
-        rest: int = FIRST,
         guess: Callable[[], float | None] = lambda: None,
     ) -> None:
         like = like if like and like.drafting and like._resting else None  # noqa: SLF001 - of this class
         self.drafting: bool = trusting or like is not None
-        self.lost = False  # drafting, in the last trial
         self._purse = purse or Purse()
         self._guess = guess
         self._drafts_counted = max(COUNTED, COUNTED_TOKENS // requests)
@@ -129,13 +137,16 @@ class Duel:
         self._tried = {False: 0, True: 0}  # steps of this trial by side
         self._brought = self._recent = 1.0  # tokens of a request and step with drafting: in the trial, lately
         self._needed = like._needed if like else 0.0  # noqa: SLF001 - as above
-        self._resting, self._rest, self._untried = True, rest, True
+        self._resting, self._rest, self._untried = True, FIRST, True
+        self._usual: float | None = None  # seconds of a step, drafting or not
         self._begin()
 
     def step(self, *, drafted: bool, wait: float, tokens: float) -> None:
         """Count a step: `wait` seconds, `tokens` for each request."""
         if drafted != self.drafting:
             return  # it was under way when the switch turned
+        if (drafted and self._purse.warms_up()) or self._is_outlier(wait):
+            return
         self._settle -= 1
         if self._settle >= 0:
             return
@@ -143,7 +154,9 @@ class Duel:
         self._block.add(wait, tokens)
         self._recent += (tokens - self._recent) / self._drafts_counted
         if self._resting:
-            if self._is_due or self._pays_no_more:
+            if self._pays_no_more(beyond_doubt=True):
+                self._rest_without()
+            elif self._is_due or self._pays_no_more():
                 self._try()
         elif self._block.steps >= (self._drafts_counted if self.drafting else COUNTED):
             self._ended()
@@ -162,9 +175,16 @@ class Duel:
         pays = MARGIN * (self._needed or NEEDED)
         return brings >= PROMISING * pays or (self._purse.open and (brings >= pays or self._block.steps >= LONGEST))
 
-    @property
-    def _pays_no_more(self) -> bool:
-        return self.drafting and self._block.steps >= self._drafts_counted and self._recent < self._needed
+    def _pays_no_more(self, *, beyond_doubt: bool = False) -> bool:
+        if not self.drafting or self._block.steps < self._drafts_counted:
+            return False
+        doubt = self._luck / self._drafts_counted if beyond_doubt else 0.0
+        return self._recent + doubt < self._needed / (MARGIN if beyond_doubt else 1)
+
+    def _is_outlier(self, wait: float) -> bool:
+        most = OUTLIER * (self._usual or wait)
+        self._usual = min(wait, most) if self._usual is None else self._usual + USUAL * (min(wait, most) - self._usual)
+        return wait > most
 
     @property
     def _sides(self) -> tuple[_Block | None, _Block | None]:
@@ -220,9 +240,14 @@ class Duel:
         """The trial is over."""
         gain = median(self._gains)
         self._purse.pay(self._tried[not drafting] * (max(gain, 1 / gain) - 1))
-        self.drafting, self.lost = drafting, not drafting
+        self.drafting = drafting
         self._resting, self._rest = True, SHORTEST
         self._recent, self._needed = self._brought, self._brought / gain
+        self._begin()
+
+    def _rest_without(self) -> None:
+        """Drafting has lost, without a trial."""
+        self.drafting, self._untried, self._rest = False, False, SHORTEST
         self._begin()
 
     def _begin(self) -> None:
@@ -239,21 +264,18 @@ class Duels:
     def __init__(self, *, trusting: bool = False, guess: Callable[[], float | None] = lambda: None) -> None:
         self._trusting = trusting
         self._guess = guess
-        self._purse = Purse()
+        self._purse = Purse(cold=WARM_UP)
         self._by_size: dict[int, Duel] = {}
 
     def at(self, requests: int) -> Duel:
         """The duel at this batch size, of at least 1."""
         size = (requests - 1).bit_length()
         if size not in self._by_size:
-            smaller_lost = any(duel.lost for other, duel in self._by_size.items() if other < size)
-            rest = FIRST if self._trusting or not smaller_lost else 4 * SHORTEST  # it pays in a small batch first
             self._by_size[size] = Duel(
                 requests,
                 self._purse,
                 trusting=self._trusting,
                 like=self._by_size.get(size + 1),
-                rest=rest,
                 guess=self._guess,
             )
         return self._by_size[size]

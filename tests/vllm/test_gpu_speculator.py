@@ -26,12 +26,12 @@ from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.model_states import default as model_states
 from vllm.v1.worker.gpu.spec_decode import adaptive_verification
 
-from seer_async.drafting.outlook import Outlook
 from seer_servers.plugin import gpu_drafting, gpu_siblings, gpu_switch, gpu_verification
 from seer_servers.plugin import gpu_kernels as kernels
 from seer_servers.plugin.draft_stats import read_page
+from seer_servers.plugin.gpu_outlook import ENOUGH, Outlook
 from seer_servers.plugin.gpu_siblings import Name, Siblings
-from seer_servers.plugin.gpu_speculator import Page
+from seer_servers.plugin.gpu_speculator import REST_STEPS, Page
 
 if not torch.cuda.is_available() and isinstance(triton.language.max, triton.runtime.JITFunction):
     pytest.skip("Triton was imported before its interpreter was asked for", allow_module_level=True)
@@ -421,6 +421,74 @@ def forget_before(engine, totals):
     assert not engine.siblings.born
 
 
+# What drafts would bring
+
+
+def peeked(begins):
+    slots = torch.arange(len(begins), device=DEVICE)
+    return kernels.Peeked(slots, torch.tensor(begins, dtype=torch.int32, device=DEVICE))
+
+
+def test_drafts_are_compared_with_what_came(engine):
+    engine.add(0, "g", "0", [1, 2], [0, 1, 2, 3, 0])  # two of three right
+    engine.add(1, "g", "1", [1, 2], [3, 3])  # right as far as is known
+    engine.add(2, "g", "2", [1, 2], [3, 3, 3])  # no match
+    engine.add(3, "g", "3", [1, 2], [1, 1, 1])  # its slot has a new request
+    engine.add(4, "g", "4", [1, 2])  # nothing came
+    choice = fresh_choice()
+    choice.drafts[:5] = torch.tensor([[1, 2, 0, 0], [3, 3, 3, 3], [3] * 4, [1] * 4, [1] * 4])
+    choice.kinds[:5] = torch.tensor([7, 7, kernels.NO_MATCH, kernels.GONE.value, 2])
+    choice.offered[:5] = torch.tensor([3, 4, 0, 4, 4])
+    tallies = torch.zeros(2, kernels.KINDS, STEPS, dtype=torch.int32, device=DEVICE)
+    seen = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    kernels.compare(engine.siblings.tables, peeked([3, 2, 2, 2, 2]), choice, tallies, seen)
+    assert tallies[0, 7].tolist() == [2, 2, 1, 0]
+    assert tallies[1, 7].tolist() == [2, 2, 0, 0]
+    assert int(tallies.sum()) == 9
+    assert seen.tolist() == [3, 4], "a request without a match has a draft that brings nothing"
+
+
+def test_an_engine_at_rest_sees_what_drafts_would_bring(engine):
+    speculator = gpu_drafting.GroupedSpeculator(
+        SimpleNamespace(
+            speculative_config=SimpleNamespace(
+                num_speculative_tokens=STEPS, prompt_lookup_min=SHORTEST_MATCH, prompt_lookup_max=LONGEST_MATCH
+            ),
+            model_config=SimpleNamespace(get_vocab_size=lambda: VOCABULARY),
+        ),
+        DEVICE,
+        engine.states,
+    )
+    slots = list(range(4))
+    batch = SimpleNamespace(idx_mapping=torch.tensor(slots, device=DEVICE), has_prefill=False)
+    for slot in slots:
+        engine.states.total_len.gpu[slot] = 0
+        engine.grow(slot, [1, 2, 3])
+        speculator.added(str(slot), slot, [1, 2, 3], [], {"seer_group": "g"})
+    brings = []
+    for step in range(12 * REST_STEPS):
+        if step % (REST_STEPS // 2) == 0:  # each goes on in the same way as its own text, round and round
+            for slot in slots:
+                token = [1, 2, 3][int(engine.states.total_len.gpu[slot]) % 3]
+                if int(engine.states.total_len.gpu[slot]) < LONGEST:
+                    engine.grow(slot, [token])
+        speculator.rest(batch)
+        brings.append(speculator.outlook.brings)
+    assert brings[: 3 * REST_STEPS] == [1.0] * 3 * REST_STEPS, "a guess of few drafts is none"
+    assert brings[-1] == pytest.approx(1 + 2.0, abs=0.3), "two tokens came between two looks, and both were foretold"
+    assert speculator._rates.max() > 0.9, "drafts that are made next are known to be good"
+
+
+def test_old_drafts_are_forgotten():
+    outlook = Outlook(DEVICE)
+    for drafts, right in ((ENOUGH - 1, 7), (500, 1000), (500, 0)):
+        outlook.seen += torch.tensor([drafts, right], device=DEVICE)
+        outlook.read()
+    assert outlook.brings == pytest.approx(3.0, abs=0.02), "what was counted is read at the next look"
+    outlook.read()
+    assert outlook.brings == pytest.approx(1.0, abs=0.02)
+
+
 # Verification
 
 
@@ -622,7 +690,7 @@ def test_outside_of_such_graphs_a_step_is_described_as_it_is(monkeypatch):
 def play(switch, requests, steps, wait):
     """Steps of `requests` requests; `wait(drafting)` gives a step's seconds and each request's tokens."""
     names = [str(number) for number in range(requests)]
-    drafted_steps, now = 0, 0.0
+    drafted_steps, now = 0, switch._last[0]
     for _ in range(steps):
         each = switch[requests]
         seconds, tokens = wait(each > 0)
@@ -647,11 +715,8 @@ def test_the_switch_turns_when_things_change():
 
 
 def test_the_switch_hears_what_drafts_would_bring(monkeypatch):
-    outlook = Outlook()
     monkeypatch.setattr(gpu_switch, "_heard", [])
-    gpu_switch.listen_to(outlook)
-    outlook.came("a", "g")
-    outlook.heard("a", random.Random(0).choices(range(50_000), k=1000))
+    gpu_switch.listen_to(Outlook(DEVICE))
     assert play(gpu_switch.Switch(8, 8192), 4, 3000, lambda drafting: (0.004, 1.0) if drafting else (0.003, 1.0)) == 0
 
 
@@ -688,7 +753,8 @@ class Speculator(gpu_drafting.GroupedSpeculator):
         self.rested = 0
         self.client = None
 
-    def rest(self):
+    def rest(self, input_batch):
+        assert input_batch.req_ids == ["a"]
         self.rested += 1
 
 
@@ -739,7 +805,6 @@ def test_tokens_are_handed_on_in_pieces_and_all_of_them(engine):
     handed = []
     speculator = object.__new__(gpu_drafting.GroupedSpeculator)
     speculator.running, speculator.newcomers, speculator.siblings = {}, {}, engine.siblings
-    speculator.outlook = Outlook()
     speculator.client = SimpleNamespace(
         register_group=lambda *_: None,
         update=lambda group, request, before, tokens: handed.append((group, request, before, list(tokens))),
@@ -747,16 +812,14 @@ def test_tokens_are_handed_on_in_pieces_and_all_of_them(engine):
     kinship = {"seer_group": "g", "seer_request": "r"}
     speculator.added("id", 0, [1, 2], [3], kinship | {"seer_priority": "high"})
     assert (speculator.running["id"].weight, speculator.newcomers) == (2.0, {0: 2.0})
-    for token in range(20):
+    for token in range(40):
         speculator.sampled({"id": 1, "unknown": 0}, [[9], [token % VOCABULARY]])
     assert len(handed) == 1, "one call of the client is not made for each token"
-    assert speculator.outlook.requests == ["id"]
     speculator.left("id", 0)
-    assert speculator.outlook.requests == []
     speculator.sampled({"id": 0}, [[1]])
     assert [(group, request) for group, request, _, _ in handed] == [("g", "r")] * 2
     assert [before for _, _, before, _ in handed] == [0, len(handed[0][3])]
-    assert handed[0][3] + handed[1][3] == [3, *(token % VOCABULARY for token in range(20))]
+    assert handed[0][3] + handed[1][3] == [3, *(token % VOCABULARY for token in range(40))]
 
 
 # Where it meets vLLM

@@ -139,7 +139,7 @@ def _without_speculator(runner: Any) -> Iterator[None]:
     finally:
         runner.speculator, runner.num_speculative_steps = speculator, steps
     drafts.req_ids, drafts.num_draft_tokens, drafts.draft_tokens_np = batch.req_ids, 0, None
-    speculator.rest()
+    speculator.rest(batch)
     if isinstance(runner.adaptive_verification, GroupedVerification):
         runner.adaptive_verification.rest()
 

@@ -24,6 +24,7 @@ LENGTHS, SUPPORTS = 7, 3
 """Matches are of a kind by length (1, 2, 3, 4-5, 6-8, 9-15, 16 and more) and support (one sequence, split, agreed)."""
 
 KINDS = LENGTHS * SUPPORTS
+NO_MATCH, GONE = -1, tl.constexpr(-2)  # in place of a kind; the second where a slot's request is another one now
 LONGEST_MATCH = 31
 LONGEST_ROW = 1 << 26
 BLOCK = 1024
@@ -268,6 +269,44 @@ def _observe_kernel(
 
 
 @triton.jit
+def _compare_kernel(
+    slot_tokens,
+    slot_lengths,
+    slots,
+    begins,  # [requests] the length of each when its draft was made
+    drafts,  # int64 [requests, steps]
+    kinds,
+    offered,
+    tallies,
+    seen,  # int64 [2]: drafts, tokens they had right
+    stride,
+    KINDS: tl.constexpr,
+    STEPS: tl.constexpr,
+    STEPS_PO2: tl.constexpr,
+):
+    """Count how far drafts that were not verified agree with what was sampled since."""
+    request = tl.program_id(0)
+    slot = tl.load(slots + request).to(tl.int32)
+    kind = tl.load(kinds + slot)
+    begin = tl.load(begins + request)
+    step = tl.arange(0, STEPS_PO2)
+    known = (begin + step < tl.load(slot_lengths + slot)) & (step < STEPS)
+    drafted = known & (step < tl.where(kind >= 0, tl.load(offered + slot), 0))
+    said = tl.load(drafts + request * STEPS + step, mask=drafted, other=-1)
+    sampled = tl.load(slot_tokens + slot.to(tl.int64) * stride + begin + step, mask=drafted, other=-2)
+    wrong = tl.min(tl.where(drafted & (said == sampled), STEPS_PO2, step), axis=0)
+    reached = drafted & (step <= wrong)
+    accepted = drafted & (step < wrong)
+    one = tl.full([STEPS_PO2], 1, tl.int32)
+    cell = kind * STEPS + step
+    tl.atomic_add(tallies + cell, one, mask=reached)
+    tl.atomic_add(tallies + KINDS * STEPS + cell, one, mask=accepted)
+    if (kind > GONE) & (tl.sum(known.to(tl.int32), axis=0) > 0):
+        tl.atomic_add(seen, tl.full([], 1, tl.int64))
+        tl.atomic_add(seen + 1, tl.sum(accepted.to(tl.int64), axis=0))
+
+
+@triton.jit
 def _follow_kernel(
     drawn,  # int64 [logits]
     inputs,  # [logits]: the token that each row of logits was computed from
@@ -312,7 +351,7 @@ class Choice(NamedTuple):
     confidences: torch.Tensor  # float32 [slots, steps] chance of each token if all before it are right; first weighted
     averages: torch.Tensor  # float32 [slots, steps] of past confidences
     forecasts: torch.Tensor  # float32 [slots, steps] confidences to expect of the draft after this one, likewise
-    kinds: torch.Tensor  # [slots] kind of the match, -1 without one
+    kinds: torch.Tensor  # [slots] kind of the match, NO_MATCH or GONE
     offered: torch.Tensor  # [slots] drafted tokens
 
 
@@ -380,6 +419,36 @@ def observe(batch: Batch, choice: Choice, tallies: torch.Tensor, totals: Totals,
         totals.by_place,
         groups,
         totals.by_group,
+        KINDS=KINDS,
+        STEPS=steps,
+        STEPS_PO2=triton.next_power_of_2(steps),
+        num_warps=1,
+    )
+
+
+class Peeked(NamedTuple):
+    """Drafts that were made to be compared only: whose they are, and how long each sequence was."""
+
+    slots: torch.Tensor  # int64 [requests]
+    begins: torch.Tensor  # [requests]
+
+
+def compare(tables: Tables, peeked: Peeked, choice: Choice, tallies: torch.Tensor, seen: torch.Tensor) -> None:
+    """Compare the drafts in `choice` with what was sampled since.
+
+    Counted as `observe` does in `tallies`, as if all of them had been verified, and in `seen` int64 [2]: drafts, and
+    their tokens that would have been accepted. A request without a match counts as a draft that says nothing.
+    """
+    steps = tallies.shape[2]
+    _compare_kernel[(len(peeked.slots),)](
+        *tables[:2],
+        *peeked,
+        choice.drafts,
+        choice.kinds,
+        choice.offered,
+        tallies,
+        seen,
+        tables.slot_tokens.stride(0),
         KINDS=KINDS,
         STEPS=steps,
         STEPS_PO2=triton.next_power_of_2(steps),

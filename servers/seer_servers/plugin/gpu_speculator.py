@@ -21,9 +21,9 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 from seer_async.drafting.budget import HIGH_WEIGHT
-from seer_async.drafting.outlook import Outlook
 from seer_servers.plugin.draft_stats import MAX_GROUPS, PUBLISH_S, STATS_ENV, write_page
 from seer_servers.plugin.gpu_kernels import (
+    GONE,
     KINDS,
     LENGTHS,
     LONGEST_MATCH,
@@ -31,19 +31,23 @@ from seer_servers.plugin.gpu_kernels import (
     SUPPORTS,
     Batch,
     Choice,
+    Peeked,
     Totals,
     Weights,
     choose,
+    compare,
     observe,
     scan,
 )
+from seer_servers.plugin.gpu_outlook import Outlook
 from seer_servers.plugin.gpu_siblings import Name, Siblings
 
 SERVER_ENV = "SEER_DRAFT_SERVER"
 TTL_S = 600.0  # how long the draft server keeps a group that no engine speaks of
-SHARED_TOKENS = 16  # of a request, handed on together: one by one they would cost the engine's process too much
+SHARED_TOKENS = 32  # of a request, handed on together: one by one they would cost the engine's process too much
+SEND_S, FETCH_S = 0.1, 0.2  # the client's thread takes the engine's process from it
 FETCH_STEPS = 8
-REST_STEPS = 32  # steps without drafts between two looks at what siblings do; a multiple of the above
+REST_STEPS = 32  # steps without drafts between two looks at what siblings do, and what drafts would bring; a multiple
 FOLD_STEPS = 32  # steps between two looks at what was accepted
 KEPT = 0.98  # of what was counted, at each fold: half is forgotten in about a thousand steps
 PRIOR_WEIGHT = 4.0  # drafts
@@ -67,7 +71,6 @@ class GroupedSpeculator(BaseSpeculator):  # type: ignore[misc]  # vLLM has no ty
         self.idle = True  # whether the last step went without drafts
         self.siblings = Siblings(req_states, vllm_config.model_config.get_vocab_size())
         self.running: dict[str, Running] = {}
-        self.outlook = Outlook()
         self.newcomers: dict[int, float] = {}  # by slot, of whose request nothing is known yet: its weight
         self.client = _client()
         self._match = {"shortest": spec.prompt_lookup_min, "longest": min(spec.prompt_lookup_max, LONGEST_MATCH)}
@@ -91,6 +94,9 @@ class GroupedSpeculator(BaseSpeculator):  # type: ignore[misc]  # vLLM has no ty
             zeros(2, steps, dtype=torch.int64), zeros(self.siblings.most_groups, 3, dtype=torch.int64)
         )
         self._weights = zeros(slots) + 1
+        self.outlook = Outlook(device)
+        self._peeked: Peeked | None = None
+        self._ones = zeros(slots, dtype=torch.int32) + 1
         self._prior = _prior(steps).to(device)
         self._counts = zeros(2, KINDS, steps)
         self._rates = self._prior.clone()
@@ -107,6 +113,9 @@ class GroupedSpeculator(BaseSpeculator):  # type: ignore[misc]  # vLLM has no ty
         batch = Batch(torch.zeros(1, dtype=torch.int64, device=device), nothing, torch.arange(2, device=device).int())
         for power in range((1 + MEMBERS).bit_length()):
             self._look_up(batch, 1 << power)
+        compare(self.siblings.tables, Peeked(batch.slots, nothing), self.choice, self._tallies, self.outlook.seen)
+        self._tallies.zero_()
+        self.outlook.seen.zero_()
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]  # torch is not typed here
     def propose(  # noqa: PLR0917 - vLLM calls it so
@@ -135,15 +144,33 @@ class GroupedSpeculator(BaseSpeculator):  # type: ignore[misc]  # vLLM has no ty
         self._page.step(time.perf_counter() - begin, off=self.idle, references=self.siblings.references)
         return drafts
 
-    def rest(self) -> None:
+    @torch.inference_mode()  # type: ignore[untyped-decorator]  # torch is not typed here
+    def rest(self, input_batch: Any) -> None:
         """Take part in a step that neither has drafts nor asks for any; it is to cost nothing."""
         begin = time.perf_counter()
         self.idle = True
         if self._page.steps % REST_STEPS == 0:
             self._take_in()
+            self._peek(input_batch)
         self._page.step(time.perf_counter() - begin, off=True, references=self.siblings.references)
 
+    def _peek(self, input_batch: Any) -> None:
+        """See what the last look would have brought, and look anew for the requests of this step."""
+        self._forget_before()
+        tables = self.siblings.tables
+        if self._peeked is not None:
+            compare(tables, self._peeked, self.choice, self._tallies, self.outlook.seen)
+            self._fold()
+            self.outlook.read()
+        self._peeked = None
+        if not input_batch.has_prefill:
+            slots = input_batch.idx_mapping.clone()
+            self._peeked = Peeked(slots, tables.slot_lengths[slots])
+            ones = self._ones[: len(slots)]
+            self._look_up(Batch(slots, ones, ones), 1 + self.siblings.most_members)
+
     def _draft(self, batch: Batch) -> None:
+        self._peeked = None
         self._forget_before()
         observe(batch, self.choice, self._tallies, self._totals, self.siblings.tables.groups)
         if self._page.steps % FOLD_STEPS == 0:
@@ -156,7 +183,7 @@ class GroupedSpeculator(BaseSpeculator):  # type: ignore[misc]  # vLLM has no ty
             slots = self._to_gpu(list(self.newcomers), torch.int64)
             for by_slot in (self.choice.confidences, self.choice.averages, self.choice.forecasts):
                 by_slot.index_fill_(0, slots, 0.0)
-            self.choice.kinds.index_fill_(0, slots, -1)
+            self.choice.kinds.index_fill_(0, slots, GONE.value)
             self._weights.index_copy_(0, slots, self._to_gpu(list(self.newcomers.values()), torch.float32))
             self.newcomers.clear()
         if self.siblings.born:
@@ -196,35 +223,28 @@ class GroupedSpeculator(BaseSpeculator):  # type: ignore[misc]  # vLLM has no ty
         self.siblings.add(slot, running.name, prompt)
         self.newcomers[slot] = weight
         self.running[request_id] = running
-        self.outlook.came(request_id, group)
         if self.client:
             self.client.register_group(group, TTL_S)
-            self.share(request_id, response)
+            running.kept += response
 
     def left(self, request_id: str, slot: int) -> None:
         """A request gives up its slot."""
         running = self.running.pop(request_id, None)
-        self.outlook.left(request_id)
         if running and self.client:
             self._hand_on(running)
         self.siblings.retire(slot)
 
     def sampled(self, places: dict[str, int], tokens: list[list[int]]) -> None:
-        """Take in what a step has sampled, once the host knows it: each request's place in `tokens`."""
-        for request_id in self.outlook.requests:
-            if (place := places.get(request_id)) is not None:
-                self.outlook.heard(request_id, tokens[place])
+        """Let the other engines know what a step has sampled, once the host knows it: each request's place in `tokens`.
+
+        It is called in every step for all requests, so it does no more than it must.
+        """
         if self.client:
             for request_id, place in places.items():
-                self.share(request_id, tokens[place])
-
-    def share(self, request_id: str, tokens: list[int]) -> None:
-        """Let the other engines know what a request has sampled, if there is enough of it."""
-        running = self.running.get(request_id)
-        if running:
-            running.kept += tokens
-            if len(running.kept) >= SHARED_TOKENS:
-                self._hand_on(running)
+                if running := self.running.get(request_id):
+                    running.kept += tokens[place]
+                    if len(running.kept) >= SHARED_TOKENS:
+                        self._hand_on(running)
 
     def _hand_on(self, running: "Running") -> None:
         tokens, running.kept = running.kept, []
@@ -299,7 +319,7 @@ def _client() -> Any:
         return None
     from seer_servers.drafting.client import DraftClient  # noqa: PLC0415 - only engines of a fleet have a server
 
-    return DraftClient(address, name=f"engine-{os.getpid()}")
+    return DraftClient(address, name=f"engine-{os.getpid()}", batch_s=SEND_S, fetch_s=FETCH_S)
 
 
 def _digest(prompt: list[int], salt: object) -> str:

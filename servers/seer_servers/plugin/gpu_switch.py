@@ -12,7 +12,7 @@ from typing import Any
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from seer_async.drafting.duel import Duel, Duels
-from seer_async.drafting.outlook import Outlook
+from seer_servers.plugin.gpu_outlook import Outlook
 from seer_servers.plugin.patching import Function, Patch
 
 FEW_PREFILLED = 8  # one token in so many may be of a prompt
