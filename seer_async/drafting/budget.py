@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 HIGH_WEIGHT = 2.0  # what a token of a probe or a tail request is worth, against one of any other (the paper's lambda)
 MARGIN = 1.02
+FEW = 4  # tokens of a step that may always be drafted; more only up to twice what a step's cost is known for
 OFF_AFTER = 16  # steps
 TRY_EVERY = 32  # steps, while off
 TRY_MOST = 2  # tokens of a request, then
@@ -106,7 +107,7 @@ class Budget:
         cost = self.times.cost(len(survival))
         worth, best, drafted = sum(weights), 0.0, 0
         plain = worth / cost.none
-        while nexts:
+        while nexts and drafted < max(FEW, 2 * cost.known):
             lost, request = nexts[0]
             worth -= lost
             drafted += 1

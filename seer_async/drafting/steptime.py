@@ -42,6 +42,7 @@ class Cost(NamedTuple):
     none: float
     some: float
     each: float
+    known: int  # drafted tokens of the largest step that was seen: what more cost is a guess
 
     def of(self, drafts: int) -> float:
         """Milliseconds with so many drafted tokens."""
@@ -83,6 +84,7 @@ class _Model:
         self._products = np.zeros(4)
         self._parameters: list[float] = self._start.tolist()
         self._steps = 0
+        self._known = 0
         self._heard: list[tuple[float, ...]] = []  # since the parameters were solved for: features, milliseconds
 
     def learn(self, requests: int, drafts: int, milliseconds: float) -> None:
@@ -91,6 +93,7 @@ class _Model:
             predicted = base + per_token * (requests + drafts) + per_draft * drafts + jump * (drafts > 0)
             milliseconds = min(milliseconds, OUTLIER * predicted)
         self._steps += 1
+        self._known = max(self._known, drafts)
         self._heard.append((1.0, requests + drafts, drafts, float(drafts > 0), milliseconds))
         if self._steps <= WARM or self._steps % SOLVED_EVERY == 0:
             self._solve()
@@ -114,4 +117,4 @@ class _Model:
         base, per_token, per_draft, jump = self._parameters
         none = max(1e-3, base + per_token * requests)
         # A drafted token costs no less than a decoded one: what few noisy steps say against that is noise.
-        return Cost(none, none + max(0.0, jump), max(0.0, per_token) + max(0.0, per_draft))
+        return Cost(none, none + max(0.0, jump), max(0.0, per_token) + max(0.0, per_draft), self._known)

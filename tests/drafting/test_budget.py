@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from seer_async.drafting.acceptance import Acceptance
-from seer_async.drafting.budget import OFF_AFTER, TRY_EVERY, Budget
+from seer_async.drafting.budget import FEW, OFF_AFTER, TRY_EVERY, Budget
 from seer_async.drafting.steptime import Profile, StepTime
 
 
@@ -55,6 +55,15 @@ class TestStepTime:
         cost = taught(lambda _, n: 50 - n, [8]).cost(8)
         assert 0 < cost.none <= cost.some
         assert cost.each >= 0
+
+
+def test_what_many_drafts_cost_is_found_out_step_by_step():
+    """Before anything is known of drafts they seem to cost next to nothing."""
+    budget, drafted = Budget(StepTime(Profile(20, 0.1))), []
+    for _ in range(4):
+        drafted.append(sum(budget.allot([[0.9, 0.8]] * 64, [1.0] * 64)))
+        budget.times.learn(64, drafted[-1], 26.4 + 0.1 * drafted[-1])
+    assert drafted == [FEW, 2 * FEW, 4 * FEW, 8 * FEW]
 
 
 class TestAcceptance:
