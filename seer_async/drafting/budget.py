@@ -97,9 +97,10 @@ class Budget:
     def _best(self, survival: Sequence[Sequence[float]], weights: Sequence[float]) -> tuple[list[int], float]:
         """The drafts with the most tokens a millisecond, at least one if there is any, and how many times as many.
 
-        Chances fall and times grow evenly, so the rate has one peak, and nothing behind it is looked at.
+        Chances fall and times grow evenly, so the rate has one peak, and nothing behind it is looked at. The drafts are
+        fewer than that while the cost of so many is not known.
         """
-        counts = [0] * len(survival)
+        counts, places = [0] * len(survival), [0] * len(survival)
         nexts = [(-path[0] * weights[request], request) for request, path in enumerate(survival) if path]
         if not nexts:
             return counts, 0.0
@@ -107,15 +108,18 @@ class Budget:
         cost = self.times.cost(len(survival))
         worth, best, drafted = sum(weights), 0.0, 0
         plain = worth / cost.none
-        while nexts and drafted < max(FEW, 2 * cost.known):
+        allowed = max(FEW, 2 * cost.known)
+        while nexts:
             lost, request = nexts[0]
             worth -= lost
             drafted += 1
             if (rate := worth / cost.of(drafted)) <= best:
                 break
             best = rate
-            counts[request] += 1
-            path, at = survival[request], counts[request]
+            places[request] += 1
+            if drafted <= allowed:
+                counts[request] += 1
+            path, at = survival[request], places[request]
             if at < len(path):
                 heapreplace(nexts, (-path[at] * weights[request], request))
             else:

@@ -61,6 +61,7 @@ def test_what_many_drafts_cost_is_found_out_step_by_step():
     """Before anything is known of drafts they seem to cost next to nothing."""
     budget, drafted = Budget(StepTime(Profile(20, 0.1))), []
     for _ in range(4):
+        assert budget.wants_drafts(64)
         drafted.append(sum(budget.allot([[0.9, 0.8]] * 64, [1.0] * 64)))
         budget.times.learn(64, drafted[-1], 26.4 + 0.1 * drafted[-1])
     assert drafted == [FEW, 2 * FEW, 4 * FEW, 8 * FEW]
