@@ -106,6 +106,14 @@ def drafts(
     waves: Annotated[
         int, typer.Option(min=1, help="Responses of a turn for each request at once, at least; whole groups are used.")
     ] = 2,
+    groups: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Prompts of a turn, at least, from all over the dataset: drafts bring more for one than for another. "
+            "A turn of one request at once takes a minute or so for each prompt.",
+        ),
+    ] = 4,
     dataset: Annotated[
         Path | None, typer.Option(help="Prompts. [default: those that ship with Seer]", show_default=False)
     ] = None,
@@ -150,6 +158,7 @@ def drafts(
                 max_tokens=max_tokens,
                 repeats=repeats,
                 waves=waves,
+                groups=groups,
                 say=display.phase,
                 keep=lambda turn: _append(file, turn),
             )

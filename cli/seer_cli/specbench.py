@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
+import math
 import statistics
 import time
 from typing import TYPE_CHECKING
@@ -40,7 +42,7 @@ BASELINE = "none"
 ELSEWHERE = "elsewhere"  # the point whose siblings live on the other engine
 _ONE_CORE = {"OMP_NUM_THREADS": "1", "OMP_PROC_BIND": "false"}  # as in a fleet of as many engines as cores
 _TIMEOUT_S = 900.0
-_STRIDE = 7  # prompts between the groups of one turn and the next
+_GOLDEN = (5**0.5 - 1) / 2
 _SETTLE_S = 0.6  # counters reach /metrics, and siblings the other engine
 _COUNTERS = {  # of a turn, and their metrics: vLLM's own, and our drafter's
     "drafts": "vllm:spec_decode_num_drafts",
@@ -217,20 +219,25 @@ async def measure_drafts(
     max_tokens: int,
     repeats: int,
     waves: int,
+    groups: int,
     say: Callable[[str], None],
     keep: Callable[[Turn], None],
 ) -> list[Turn]:
     """Measure contenders on local engines of `spec`, each with its own way to draft.
 
-    A turn is of at least `waves` responses for each request at once; `keep` is given each turn as it ends.
+    A turn is of at least `waves` responses for each request at once, and of at least so many `groups`: how much drafts
+    bring differs from prompt to prompt. `keep` is given each turn as it ends.
 
     Raises:
         FleetError: An engine does not start.
         UsageError: There are too few prompts for a turn.
     """
     turns: list[Turn] = []
-    if (most := max(_groups(point, siblings, waves) for point in points)) > len(prompts):
-        raise UsageError(f"a turn needs {most} prompts and there are {len(prompts)}: use a smaller --batch or --waves")
+    counts = [max(groups, _groups(point, siblings, waves)) for point in points]
+    if (most := max(counts)) > len(prompts):
+        raise UsageError(
+            f"a turn needs {most} prompts and there are {len(prompts)}: use a smaller --batch, --waves or --groups"
+        )
     async with contextlib.AsyncExitStack() as stack:
         session = await stack.enter_async_context(engine_session())
         each = 1 + any(point.elsewhere for point in points)  # engines of a contender
@@ -240,19 +247,31 @@ async def measure_drafts(
         fleet = await stack.enter_async_context(LocalFleet(specs, len(specs), folder, say=say))
         engines = [await _engine(local, session) for local in fleet.engines]
         lanes = [Contender(name, engines[i * each : (i + 1) * each]) for i, name in enumerate(contenders)]
-        tokenised = await lanes[0].tokenise(prompts)
-        for number, point in enumerate(points):
-            count = _groups(point, siblings, waves)
+        # The same for all contenders, and none twice before all had their turn: an engine that remembers would only
+        # repeat itself.
+        coming = itertools.cycle(spread(await lanes[0].tokenise(prompts)))
+        first, sampling = next(coming), Sampling(temperature=points[0].temperature, max_tokens=max_tokens)
+        for lane in lanes:  # code and kernels are loaded before anything is timed
+            say(f"{lane.name}: a group that is not counted")
+            await lane.turn(Point(siblings, points[0].temperature), -1, [first], siblings, sampling)
+        for number, (point, count) in enumerate(zip(points, counts, strict=True)):
             for repeat in range(repeats):
-                # The same for all contenders, and never twice: an engine that remembers would only repeat itself.
-                turn = number * repeats + repeat
-                sampling = Sampling(temperature=point.temperature, max_tokens=max_tokens, seed=turn)
-                groups = [tokenised[(turn * _STRIDE + i) % len(tokenised)] for i in range(count)]
+                sampling = Sampling(
+                    temperature=point.temperature, max_tokens=max_tokens, seed=number * repeats + repeat
+                )
+                chosen = list(itertools.islice(coming, count))
                 for name, lane in _rotated(list(zip(contenders, lanes, strict=True)), repeat):
-                    turns.append(await lane.turn(point, repeat, groups, siblings, sampling))
+                    turns.append(await lane.turn(point, repeat, chosen, siblings, sampling))
                     say(_line(turns[-1], name))
                     keep(turns[-1])
     return turns
+
+
+def spread(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts in an order of which every part is spread over the dataset, whose neighbours are often alike."""
+    count = len(prompts)
+    step = next(s for s in itertools.count(max(1, round(_GOLDEN * count))) if math.gcd(s, count) == 1)
+    return [prompts[place * step % count] for place in range(count)]
 
 
 def _groups(point: Point, siblings: int, waves: int) -> int:

@@ -3,7 +3,7 @@
 A draft is judged by two things the index says of it: how many tokens of context its occurrences share with the request
 (`match`), and which share of their votes it got (`share`). Neither is a probability under the policy, whose temperature
 and habits change from run to run: so each pair of buckets keeps a fading count of accepted and rejected tokens, which
-starts from a cautious guess.
+starts from a guess.
 
 Invariant: probabilities are in (0, 1), and only tokens that were verified are counted.
 """
@@ -20,7 +20,9 @@ MATCHES = (2, 3, 4, 6, 8, 12, 16, 24)  # lower ends of the buckets of match leng
 SHARES = (0.3, 0.5, 0.68, 0.82, 0.92)  # and of vote share
 MEMORY = 400  # observations in a bucket after which an old one weighs a third (1/e)
 GUESS_WEIGHT = 6.0  # observations that the first guess is worth
-GUESS_FACTOR = 0.6  # of its share, a token nobody has judged yet is worth this much
+GUESS_FACTOR = (
+    0.8  # of its share, a token nobody has judged yet is worth this much: what is never tried is never learned
+)
 
 
 class Acceptance:

@@ -13,9 +13,8 @@ and at a batch size (by powers of two) where steps with drafting were not faster
 
 from __future__ import annotations
 
+from heapq import heapify, heappop, heapreplace
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from seer_async.drafting.duel import Duels
 
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 
 HIGH_WEIGHT = 2.0  # what a token of a probe or a tail request is worth, against one of any other (the paper's lambda)
 MARGIN = 1.02
+FEW = 4  # tokens of a step that may always be drafted; more only up to twice what a step's cost is known for
 OFF_AFTER = 16  # steps
 TRY_EVERY = 32  # steps, while off
 TRY_MOST = 2  # tokens of a request, then
@@ -95,15 +95,33 @@ class Budget:
         self._brings = brings if self._brings is None else self._brings + RECENT * (brings - self._brings)
 
     def _best(self, survival: Sequence[Sequence[float]], weights: Sequence[float]) -> tuple[list[int], float]:
-        """The drafts with the most tokens a millisecond, at least one if there is any, and how many times as many."""
-        batch = len(survival)
-        values = np.array([chance * weight for path, weight in zip(survival, weights, strict=True) for chance in path])
-        if not values.size:
-            return [0] * batch, 0.0
-        order = np.argsort(-values, kind="stable")
-        worth = sum(weights) + np.concatenate(([0.0], np.cumsum(values[order])))
-        rate = worth / self.times.curve(batch, values.size)
-        count = int(np.argmax(rate[1:])) + 1
-        owners = np.repeat(np.arange(batch), [len(path) for path in survival])
-        counts: list[int] = np.bincount(owners[order[:count]], minlength=batch).tolist()
-        return counts, float(rate[count] / rate[0])
+        """The drafts with the most tokens a millisecond, at least one if there is any, and how many times as many.
+
+        Chances fall and times grow evenly, so the rate has one peak, and nothing behind it is looked at. The drafts are
+        fewer than that while the cost of so many is not known.
+        """
+        counts, places = [0] * len(survival), [0] * len(survival)
+        nexts = [(-path[0] * weights[request], request) for request, path in enumerate(survival) if path]
+        if not nexts:
+            return counts, 0.0
+        heapify(nexts)
+        cost = self.times.cost(len(survival))
+        worth, best, drafted = sum(weights), 0.0, 0
+        plain = worth / cost.none
+        allowed = max(FEW, 2 * cost.known)
+        while nexts:
+            lost, request = nexts[0]
+            worth -= lost
+            drafted += 1
+            if (rate := worth / cost.of(drafted)) <= best:
+                break
+            best = rate
+            places[request] += 1
+            if drafted <= allowed:
+                counts[request] += 1
+            path, at = survival[request], places[request]
+            if at < len(path):
+                heapreplace(nexts, (-path[at] * weights[request], request))
+            else:
+                heappop(nexts)
+        return counts, best / plain

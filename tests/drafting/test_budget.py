@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from seer_async.drafting.acceptance import Acceptance
-from seer_async.drafting.budget import OFF_AFTER, TRY_EVERY, Budget
+from seer_async.drafting.budget import FEW, OFF_AFTER, TRY_EVERY, Budget
 from seer_async.drafting.steptime import Profile, StepTime
 
 
@@ -30,31 +30,41 @@ def machine(batch, n):
 class TestStepTime:
     @pytest.mark.parametrize("batch", [1, 4, 16, 64])
     def test_it_learns_what_a_step_costs(self, batch):
-        curve = taught(machine, [batch], noise=0.1).curve(batch, 30)
+        cost = taught(machine, [batch], noise=0.1).cost(batch)
         for n in (0, 1, 10, 30):
-            assert curve[n] == pytest.approx(machine(batch, n), rel=0.06)
+            assert cost.of(n) == pytest.approx(machine(batch, n), rel=0.06)
 
     def test_before_the_first_step_it_says_what_the_profile_says(self):
-        curve = StepTime(Profile.fit([(1, 11), (2, 12), (64, 74)])).curve(4, 2)
-        assert list(curve) == pytest.approx([14, 15, 16])
+        cost = StepTime(Profile.fit([(1, 11), (2, 12), (64, 74)])).cost(4)
+        assert [cost.of(n) for n in range(3)] == pytest.approx([14, 15, 16])
 
     def test_it_forgets(self):
         times = taught(machine, [4])
         for _ in range(600):
             times.learn(4, 0, 90)
             times.learn(4, 8, 99)
-        assert times.curve(4, 8)[[0, 8]] == pytest.approx([90, 99], rel=0.03)
+        assert [times.cost(4).of(n) for n in (0, 8)] == pytest.approx([90, 99], rel=0.03)
 
     def test_a_step_that_was_held_up_counts_little(self):
         times = taught(machine, [4])
-        before = times.curve(4, 0)[0]
+        before = times.cost(4).none
         times.learn(4, 0, 10_000)
-        assert times.curve(4, 0)[0] < 1.05 * before
+        assert times.cost(4).none < 1.05 * before
 
     def test_drafts_never_seem_to_make_a_step_shorter(self):
-        curve = taught(lambda _, n: 50 - n, [8]).curve(8, 40)
-        assert (np.diff(curve) >= 0).all()
-        assert (curve > 0).all()
+        cost = taught(lambda _, n: 50 - n, [8]).cost(8)
+        assert 0 < cost.none <= cost.some
+        assert cost.each >= 0
+
+
+def test_what_many_drafts_cost_is_found_out_step_by_step():
+    """Before anything is known of drafts they seem to cost next to nothing."""
+    budget, drafted = Budget(StepTime(Profile(20, 0.1))), []
+    for _ in range(4):
+        assert budget.wants_drafts(64)
+        drafted.append(sum(budget.allot([[0.9, 0.8]] * 64, [1.0] * 64)))
+        budget.times.learn(64, drafted[-1], 26.4 + 0.1 * drafted[-1])
+    assert drafted == [FEW, 2 * FEW, 4 * FEW, 8 * FEW]
 
 
 class TestAcceptance:

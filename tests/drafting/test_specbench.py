@@ -11,7 +11,7 @@ from seer_async.errors import UsageError
 from seer_async.types import Prompt
 from seer_cli import bench
 from seer_cli.main import app
-from seer_cli.specbench import Point, Turn, measure_drafts, score_table, scores
+from seer_cli.specbench import Point, Turn, measure_drafts, score_table, scores, spread
 from seer_servers.fleet import EngineSpec
 
 if TYPE_CHECKING:
@@ -49,19 +49,32 @@ def test_names_are_checked_before_anything_is_started(monkeypatch: pytest.Monkey
         )
 
 
-async def test_a_turn_needs_as_many_prompts_as_groups(tmp_path: Path) -> None:
-    prompts = [Prompt(id=str(number), text="?") for number in range(3)]
+@pytest.mark.parametrize(("batches", "groups"), [((1, 16), 1), ((1,), 4)], ids=["for its waves", "at least"])
+async def test_a_turn_needs_as_many_prompts_as_groups(tmp_path: Path, batches: tuple[int, ...], groups: int) -> None:
     with pytest.raises(UsageError, match="needs 4 prompts and there are 3"):
         await measure_drafts(
             EngineSpec(model="m"),
             tmp_path,
-            prompts,
+            [Prompt(id=str(number), text="?") for number in range(3)],
             contenders=["none"],
-            points=[Point(1, 0.6), Point(16, 0.6)],
+            points=[Point(batch, 0.6) for batch in batches],
             siblings=8,
             max_tokens=8,
             repeats=1,
             waves=2,
+            groups=groups,
             say=print,
             keep=print,
         )
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 16, 74, 200])
+def test_every_turn_has_prompts_from_all_over_the_dataset(count: int) -> None:
+    prompts = [Prompt(id=str(number), text="?") for number in range(count)]
+    order = [int(prompt.id) for prompt in spread(prompts)]
+    assert sorted(order) == list(range(count))
+    if count >= 16:
+        for start in range(count - 4):
+            places = sorted(order[start : start + 4])
+            gaps = [b - a for a, b in zip(places, [*places[1:], places[0] + count], strict=True)]
+            assert max(gaps) < count / 2

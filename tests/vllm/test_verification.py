@@ -92,12 +92,15 @@ class Tiny:
         self.prompts = [[1, 2], [3, 4, 5], [6, 7], [8, 9, 10, 11]]
         self.outputs: list[list[int]] = [[] for _ in self.prompts]
         self.logprobs: list[list[tuple[int, float]]] = [[] for _ in self.prompts]
-        self.generators = {row: seeds.PositionGenerator(row + 5, CPU) for row in range(4)} if seeded else {}
+        self.generators: dict[int, torch.Generator] = (
+            {row: seeds.PositionGenerator(row + 5, CPU) for row in range(4)} if seeded else {}
+        )
 
     def step(self, drafts: list[list[int]]) -> None:
         texts = [prompt + output for prompt, output in zip(self.prompts, self.outputs, strict=True)]
         for row, generator in self.generators.items():
-            generator.seek(len(texts[row]) + len(drafts[row]))
+            if isinstance(generator, seeds.PositionGenerator):
+                generator.seek(len(texts[row]))
         rows = [
             model(text + draft[:i]) for text, draft in zip(texts, drafts, strict=True) for i in range(len(draft) + 1)
         ]
@@ -163,6 +166,22 @@ def test_the_same_tokens_and_logprobs_as_without_drafts(patched: None, options: 
             assert logprob == pytest.approx(expected, abs=1e-5), token
 
 
+@pytest.mark.parametrize("options", [OPTIONS["plain"], OPTIONS["all"]], ids=["plain", "all"])
+def test_a_seed_that_is_not_keyed_by_position_gives_the_same_too(patched: None, options: dict[str, Any]) -> None:
+    """Each token takes its noise in turn, and what is not kept takes none."""
+
+    def tiny(guess: Callable[[int, int], list[int]]) -> Tiny:
+        tiny = Tiny("raw_logprobs", options, seeded=False)
+        tiny.generators = {row: torch.Generator().manual_seed(row) for row in range(4)}
+        while min(map(len, tiny.outputs)) < 40:
+            tiny.step([guess(row, len(output)) for row, output in enumerate(tiny.outputs)])
+        return tiny
+
+    truth = tiny(lambda *_: [])
+    drafted = tiny(lambda row, at: [*truth.outputs[row][at : at + row], 0])
+    assert [output[:40] for output in drafted.outputs] == [output[:40] for output in truth.outputs]
+
+
 def test_a_padding_draft_is_never_accepted(patched: None) -> None:
     tiny = Tiny("raw_logprobs", {})
     tiny.step([[-1, -1], [], [-1], []])
@@ -183,7 +202,7 @@ def test_what_is_not_reached_is_not_drawn(patched: None, monkeypatch: pytest.Mon
     wrong = [(token + 1) % VOCAB for token in truth.outputs[3]]
     tiny.step([truth.outputs[0][:5], [*truth.outputs[1][:2], wrong[2], 0, 0], [], wrong[:5]])
     assert [len(output) for output in tiny.outputs] == [6, 3, 1, 1]
-    assert sum(rows) == 4 + 5 + 3 + 1  # each request's bonus token, then what was followed and the first that was not
+    assert sum(rows) == 6 + 3 + 1 + 1  # no more than are kept
 
 
 class TestDistribution:
@@ -239,14 +258,21 @@ class TestDistribution:
             assert not counts[policy == 0].any(), "what top-p and top-k leave out is never drawn"
             assert p_value(counts, policy) > 1e-4
 
-    @pytest.mark.parametrize("name", ["cold", "top-p", "all"])
-    def test_the_cpu_stand_in_is_caught(self, patched: None, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("name", ["cold", "top-p", "top-k"])
+    @pytest.mark.parametrize("right", [True, False], ids=["ours", "stand-in"])
+    def test_vllms_own_sampler_needs_another_expand_on_a_cpu(
+        self, name: str, monkeypatch: pytest.MonkeyPatch, *, right: bool
+    ) -> None:
         """With vLLM's own stand-in drafted rows get whatever lay in memory for temperature, top-k and top-p."""
-        monkeypatch.setattr(rejection_sampler, "expand_batch_to_tokens", stand_in)
+        monkeypatch.setattr(rejection_sampler, "expand_batch_to_tokens", verification.expand if right else stand_in)
         options = self.SETTINGS[name]
+        metadata = sampling([[1, 2]] * self.ROWS, [[]] * self.ROWS, [[0]] * self.ROWS, **options)
+        rows, ends = model([1, 2]).repeat(self.ROWS, 1), torch.arange(1, self.ROWS + 1, dtype=torch.int32)
         torch.manual_seed(1)
-        first, _ = self.counts(**options)
-        assert p_value(first, self.policy([], **options)) < 1e-9
+        shaped = rejection_sampler.apply_sampling_constraints(rows, ends, metadata)
+        counts = torch.bincount(shaped.softmax(-1).multinomial(1).flatten(), minlength=VOCAB)
+        p = p_value(counts, self.policy([], **options))
+        assert p > 1e-4 if right else p < 1e-9
 
 
 def stand_in(x: Any, cu_num_tokens: Any, num_tokens: int, replace_from: float = 0, replace_to: float = 0) -> Any:

@@ -165,8 +165,10 @@ class GroupedDrafter:
     def _row(self, request_id: str) -> Row:
         row = self._rows.get(request_id)
         if row is None:
-            row = self._rows[request_id] = Row(request_id, self._runner.requests[request_id])
+            state = self._runner.requests[request_id]
+            row = self._rows[request_id] = Row(request_id, state)
             row.known = self.groups.length(row.group, row.request)  # of earlier chunks
+            self.groups.add(row.group, "prompt", 0, state.prompt_token_ids[: row.prompt_len])
             if self.client:
                 self.client.register_group(row.group, TTL_S)
         return row
@@ -195,7 +197,6 @@ class GroupedDrafter:
         ids: list[str] = self._runner.input_batch.req_ids
         for place, row, length in batch:
             self._judge(row, len(drafted.get(ids[place], ())), len(sampled[place]) - 1)
-            self.groups.add(row.group, "prompt", 0, tokens[place, : row.prompt_len])
             new = _until_stop(tokens[place, row.prompt_len + row.known : length], row.stops)
             self.groups.add(row.group, row.request, row.known, new)
             if self.client and len(new):

@@ -8,8 +8,7 @@ the token about to be sampled.
 That position is `InputBatch.num_tokens_no_spec`, the number of tokens the request has: prompt, resubmitted and
 generated, with the placeholders of async scheduling counted as they are appended, and restored when a preempted
 request returns. A row that is still prefilling samples too; its token is thrown away and nothing was used up.
-With drafts a step samples several positions of a row: the token after the drafts is the sampler's, the drafted
-positions are drawn by `verification`, each with its own position's noise.
+With drafts a step samples several positions of a row: `verification` moves the generator on from one to the next.
 
 Model Runner V2 needs nothing: its Gumbel noise is a hash of (seed, position, token id), where position is
 `InputBatch.positions[logits_indices]`, the absolute position of the token that the logits follow
@@ -17,7 +16,6 @@ Model Runner V2 needs nothing: its Gumbel noise is a hash of (seed, position, to
 explicit seed never takes the fused sampler, whose noise is not keyed.
 """
 
-from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -74,12 +72,6 @@ class PositionGenerator(torch.Generator):  # type: ignore[misc]  # torch is not 
         self.position = position
         self.manual_seed(noise_seed(self.request_seed, position))
 
-    def at(self, position: int) -> Self:
-        """Another generator of the same request, at `position`."""
-        other = type(self)(self.request_seed, self.device)
-        other.seek(position)
-        return other
-
     # vLLM winds a generator back when it throws a token away (a prompt that is still being prefilled). There is
     # nothing to wind back here; and a CPU generator raises, which would end the engine.
     def get_offset(self) -> int:
@@ -90,11 +82,11 @@ class PositionGenerator(torch.Generator):  # type: ignore[misc]  # torch is not 
         """Ignore a rewind."""
 
 
-def seek_rows(batch: Any, drafted: Sequence[int] | None = None) -> None:
-    """Point every `PositionGenerator` of an input batch at the token its row samples next, after `drafted` ones."""
+def seek_rows(batch: Any) -> None:
+    """Point every `PositionGenerator` of an input batch at the token its row samples next."""
     for row, generator in batch.generators.items():
         if isinstance(generator, PositionGenerator):
-            generator.seek(int(batch.num_tokens_no_spec[row]) + (drafted[row] if drafted else 0))
+            generator.seek(int(batch.num_tokens_no_spec[row]))
 
 
 def _around_post_init(post_init: Function) -> Function:
@@ -109,7 +101,7 @@ def _around_post_init(post_init: Function) -> Function:
 
 def _around_sample(sample: Function) -> Function:
     def _sample(runner: Any, logits: Any, spec_decode_metadata: Any) -> Any:
-        seek_rows(runner.input_batch, spec_decode_metadata.num_draft_tokens if spec_decode_metadata else None)
+        seek_rows(runner.input_batch)
         return sample(runner, logits, spec_decode_metadata)
 
     return _sample

@@ -8,11 +8,12 @@ The chance to be accepted is the same.
 Invariants: what a request gets does not depend on its drafts: the same distribution always, and with position seeds the
 same tokens; the logprobs are those of the distribution that was drawn from, the same as without drafts.
 
-It also takes the place of `expand_batch_to_tokens`, whose CPU stand-in writes the temperature, top-k and top-p of
-drafted rows into a copy and leaves the rows with whatever was in memory (vLLM issue 55005).
+What is left to vLLM's sampler, drafts that come with probabilities, gets another `expand_batch_to_tokens`: its CPU
+stand-in writes the temperature, top-k and top-p of drafted rows into a copy and leaves the rows with whatever was in
+memory (vLLM issue 55005).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -56,133 +57,101 @@ def _around_forward(module: Any) -> Any:
 
 
 def verify(module: Any, sampler: Any, metadata: Any, logits: torch.Tensor, sampling: Any) -> Any:
-    """Draw every drafted position and the one after the drafts, and keep what follows from the prefix.
+    """Draw each request's positions in turn, for as long as its drafts are what is drawn.
 
     `logits` [drafted tokens + requests, vocabulary] in the order of `metadata`. Returns vLLM's SamplerOutput, with
     tokens [requests, longest draft + 1] and `PLACEHOLDER` where a draft was not followed.
     """
-    processed_mode = sampler.is_processed_logprobs_mode
-    bonus = sampler.sampler(
-        logits=logits[metadata.bonus_logits_indices],
-        sampling_metadata=replace(sampling, max_num_logprobs=None if sampling.max_num_logprobs is None else -1),
-        predict_bonus_token=True,
-        logprobs_mode_override="processed_logits" if processed_mode else "raw_logits",
-    )
-    raw = logits[metadata.target_logits_indices].to(torch.float32)
-    target = sampler.apply_logits_processors(raw if processed_mode else raw.clone(), sampling, metadata)
-    target = module.apply_sampling_constraints(target, metadata.cu_num_draft_tokens, sampling)
-    drawn = draw(sampler.sampler, target, metadata, sampling)
-    grid = Grid(metadata.num_draft_tokens, target.device)
-    tokens = grid.followed(drawn, metadata.draft_token_ids, bonus.sampled_token_ids)
+    counts: list[int] = metadata.num_draft_tokens
+    order = torch.cat((metadata.target_logits_indices, metadata.bonus_logits_indices))
+    shaped = _shaped(sampler, metadata, logits[order].to(torch.float32), sampling)
+    rounds = list(_rounds(sampler.sampler, shaped, metadata, sampling))
+    grid = [[PLACEHOLDER] * (max(counts) + 1) for _ in counts]
+    for offset, drawn in enumerate(rounds):
+        for request, token in zip(drawn.requests, drawn.tokens, strict=True):
+            grid[request][offset] = token
+    tokens = torch.tensor(grid, dtype=torch.int32, device=logits.device)
     logprobs = None
     if sampling.max_num_logprobs is not None:
-        rows = target if processed_mode else raw
-        kept = grid.kept(tokens, rows, bonus.logprobs_tensors.logprobs)
-        logprobs = _logprobs(sampler, sampling.max_num_logprobs, kept, tokens.numel())
+        if sampler.is_processed_logprobs_mode:
+            rows = torch.cat([drawn.processed for drawn in rounds if drawn.processed is not None])
+        else:
+            rows = logits[order[[row for drawn in rounds for row in drawn.rows]]].to(torch.float32)
+        logprobs = _logprobs(sampler, sampling.max_num_logprobs, rows, rounds, tokens)
     return module.SamplerOutput(sampled_token_ids=tokens, logprobs_tensors=logprobs)
 
 
-def draw(sampler: Any, target: torch.Tensor, metadata: Any, sampling: Any) -> torch.Tensor:
-    """Tokens for the drafted positions from their final logits `target` [drafted tokens, vocabulary].
+def _shaped(sampler: Any, metadata: Any, logits: torch.Tensor, sampling: Any) -> torch.Tensor:
+    """The logits with penalties, bad words and the like, as they are before temperature; `logits` are used up.
 
-    A position behind one that differs from its draft is not drawn, since a row of noise is a logarithm for each token
-    of the vocabulary; it holds `PLACEHOLDER`.
+    Rows of drafted positions come first, then each request's row behind its drafts.
     """
-    if sampling.all_greedy:
-        return target.argmax(dim=-1)
-    drafts, counts = metadata.draft_token_ids.tolist(), metadata.num_draft_tokens
+    drafted, last = logits.split((len(logits) - len(metadata.num_draft_tokens), len(metadata.num_draft_tokens)))
+    # Mostly there is nothing to do, and what comes back is the rows themselves: then nothing is copied.
+    drafted.copy_(sampler.apply_logits_processors(drafted, sampling, metadata))
+    last.copy_(sampler.sampler.apply_logits_processors(last, sampling, predict_bonus_token=True))
+    return logits
+
+
+class Round(NamedTuple):
+    """One position each of some requests: the rows of its logits, what was drawn, and vLLM's processed logprobs."""
+
+    requests: list[int]
+    rows: list[int]
+    tokens: list[int]
+    processed: torch.Tensor | None
+
+
+def _rounds(sampler: Any, shaped: torch.Tensor, metadata: Any, sampling: Any) -> Iterator[Round]:
+    """Draw the first position of every request, then the next of those whose draft was drawn, and so on.
+
+    What is not reached is not drawn: a row of noise is a logarithm for each token of the vocabulary.
+    """
+    counts, drafts = metadata.num_draft_tokens, metadata.draft_token_ids.tolist()
     starts = list(accumulate(counts, initial=0))
-    drawn = [PLACEHOLDER] * len(drafts)
-    following, offset = [request for request, count in enumerate(counts) if count], 0
-    while following:
-        rows = [starts[request] + offset for request in following]
-        sources = {
-            place: source
-            for place, request in enumerate(following)
-            if (source := _source(sampling, request, counts[request] - offset))
-        }
-        for row, token in zip(rows, _draw(sampler, target[rows], sources, following, sampling), strict=True):
-            drawn[row] = token
-        offset += 1
+    following = list(range(len(counts)))
+    for offset in range(max(counts) + 1):
+        rows = [starts[i] + offset if offset < counts[i] else len(drafts) + i for i in following]
+        drawn, processed = sampler.sample(shaped[rows], _of(following, sampling, len(counts)))
+        tokens = drawn.tolist()
+        yield Round(following, rows, tokens, processed)
         following = [
             request
-            for request, row in zip(following, rows, strict=True)
-            if drawn[row] == drafts[row] and offset < counts[request]
+            for request, row, token in zip(following, rows, tokens, strict=True)
+            if offset < counts[request] and token == drafts[row]
         ]
-    return torch.tensor(drawn, device=target.device)
+        if not following:
+            return
+        for request in following:
+            if isinstance(source := sampling.generators.get(request), PositionGenerator):
+                source.seek(source.position + 1)
 
 
-def _source(sampling: Any, request: int, back: int) -> torch.Generator | None:
-    """A seeded request's random source for the position `back` before the one where the bonus token is drawn.
+def _of(requests: list[int], sampling: Any, batch: int) -> Any:
+    """What is needed of the batch's `sampling` to draw for some of its requests."""
+    if len(requests) == batch:
+        return sampling
+    sources = enumerate(map(sampling.generators.get, requests))
+    parts = {
+        name: None if (values := getattr(sampling, name)) is None else values[requests]
+        for name in ("temperature", "top_p", "top_k")
+    }
+    return replace(sampling, generators={place: source for place, source in sources if source}, **parts)
 
-    There a position-seeded source stands.
+
+def _logprobs(sampler: Any, most: int, rows: torch.Tensor, rounds: list[Round], grid: torch.Tensor) -> Any:
+    """Logprobs in vLLM's shape: a row for each place of the `grid` of tokens, drawn or not.
+
+    `rows` [tokens drawn, vocabulary] are processed logprobs, or logits.
     """
-    source = sampling.generators.get(request)
-    return source.at(source.position - back) if isinstance(source, PositionGenerator) else source
+    if sampler.sampler.logprobs_mode == "raw_logprobs":
+        rows = sampler.sampler.compute_logprobs(rows)
+    places = [request * grid.shape[1] + offset for offset, drawn in enumerate(rounds) for request in drawn.requests]
+    gathered = sampler.sampler.gather_logprobs(rows, most, grid.flatten()[places].to(torch.int64))
+    return type(gathered)(*(_scattered(values, places, grid.numel()) for values in gathered[:3]))
 
 
-def _draw(
-    sampler: Any, logits: torch.Tensor, sources: dict[int, torch.Generator], requests: list[int], sampling: Any
-) -> list[int]:
-    """One token for each row of `logits`, which is of the request at the same place in `requests`."""
-    drawn, _ = sampler.topk_topp_sampler(logits, sources, None, None)
-    if not sampling.all_random:
-        drawn = torch.where(sampling.temperature[requests] == 0, logits.argmax(dim=-1), drawn)
-    tokens: list[int] = drawn.tolist()
-    return tokens
-
-
-class Kept(NamedTuple):
-    """Tokens that were kept: their places in the flat grid, their ids, and the logits they were drawn from."""
-
-    places: torch.Tensor
-    token_ids: torch.Tensor
-    logits: torch.Tensor
-
-
-class Grid:
-    """Drafted tokens, flat, laid out as one row a request with a last place for the bonus token."""
-
-    def __init__(self, counts: Sequence[int], device: torch.device) -> None:
-        self.counts = torch.tensor(counts, device=device)
-        self.width = max(counts) + 1
-        self.columns = torch.arange(self.width, device=device)
-        self.drafted = self.columns < self.counts[:, None]
-        self.bonus = self.columns == self.counts[:, None]
-
-    def followed(self, drawn: torch.Tensor, drafts: torch.Tensor, bonus: torch.Tensor) -> torch.Tensor:
-        """What was drawn, up to and with the first token that is not the draft's; int32 [requests, width]."""
-        tokens = torch.full(self.drafted.shape, PLACEHOLDER, dtype=torch.int32, device=drawn.device)
-        tokens[self.drafted] = drawn.to(torch.int32)
-        tokens[self.bonus] = bonus.flatten().to(torch.int32)
-        same = torch.zeros_like(self.drafted)
-        same[self.drafted] = drawn == drafts
-        reached = torch.ones_like(self.drafted)
-        reached[:, 1:] = same[:, :-1].cumprod(dim=1).to(torch.bool)
-        return torch.where(reached, tokens, PLACEHOLDER)
-
-    def kept(self, tokens: torch.Tensor, target: torch.Tensor, bonus: torch.Tensor) -> Kept:
-        """What is kept of `tokens` [requests, width], with logits: `target` of drafted places, `bonus` of the last."""
-        kept = tokens != PLACEHOLDER
-        drafted, last = self.drafted & kept, self.bonus & kept
-        return Kept(
-            places=torch.cat((drafted.flatten().nonzero(), last.flatten().nonzero())).flatten(),
-            token_ids=torch.cat((tokens[drafted], tokens[last])).to(torch.int64),
-            logits=torch.cat((target[kept[self.drafted]], bonus.to(target.dtype)[kept[self.bonus]])),
-        )
-
-
-def _logprobs(sampler: Any, count: int, kept: Kept, size: int) -> Any:
-    """Logprobs of the kept tokens, in vLLM's shape: a row for each of the grid's `size` places, kept or not.
-
-    Only rows of kept tokens are normalised, which is most of the cost.
-    """
-    rows = kept.logits if sampler.is_logits_logprobs_mode else sampler.sampler.compute_logprobs(kept.logits)
-    gathered = sampler.sampler.gather_logprobs(rows, count, kept.token_ids)
-    return type(gathered)(*(_scattered(values, kept.places, size) for values in gathered[:3]))
-
-
-def _scattered(values: torch.Tensor, places: torch.Tensor, size: int) -> torch.Tensor:
+def _scattered(values: torch.Tensor, places: list[int], size: int) -> torch.Tensor:
     whole = values.new_zeros((size, *values.shape[1:]))
     whole[places] = values
     return whole
