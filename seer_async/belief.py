@@ -39,6 +39,7 @@ class Shape(NamedTuple):
 
 PRIOR = Shape(-1.7, 1.0, 0.25)
 _FIRMNESS = Shape(1.0, 0.7, 0.7)  # standard deviations of the prior: of the centre, and of the others' logarithms
+_NEVER = 1e-300  # a chance this small is none
 _DEEPER = 1.5  # by which grids grow: a multiple of the steps of all of them
 _WIDTHS = (0.3, 0.5, 0.75, 1.0, 1.4)
 _SPREADS = (0.1, 0.15, 0.2, 0.25, 0.35, 0.5, 0.7, 1.0)
@@ -77,7 +78,7 @@ class Belief:
         self._means = np.linspace(top - 5 - low, top + 1, 41 + 10 * deeper)
         self._logs = np.linspace(top - 6 - low, top + 2, 81 + 15 * deeper)
         self._centres = np.arange(-3.5 - low, 0.26, 0.25)
-        self._lengths = np.minimum(np.exp(self._logs), limit)
+        self._bounds = self._logs - (self._logs[1] - self._logs[0]) / 2  # where the grid's lengths begin
 
     def learn(self, groups: Sequence[Evidence]) -> None:
         """Fit the shape to all that is known; costs some ten milliseconds for 128 groups."""
@@ -103,7 +104,7 @@ class Belief:
         self._take(best[1])
 
     def chances(self, group: Evidence) -> Floats:
-        """Chances of `lengths` for a response of the group."""
+        """Chances of the grid's lengths for a response of the group."""
         logs = self._prior
         if group.ended or group.going:
             values = np.log(group.ended + group.going)
@@ -113,19 +114,21 @@ class Belief:
         result: Floats = (chances / chances.sum()) @ self._kernel
         return result
 
-    def remainders(self, group: Evidence, generated: Sequence[int], limit: int, power: float) -> Floats:
-        """Tokens that responses of the group have left after so many generated: the power mean of what is likely."""
-        chances = self.chances(group)
-        left = np.maximum(np.minimum(self._lengths, limit) - np.array(generated, dtype=float)[:, None], 0.0) / limit
-        alive = np.maximum((left > 0) @ chances, 1e-12)
-        result: Floats = limit * (left**power @ chances / alive) ** (1 / power)
+    def remainders(self, group: Evidence, generated: Sequence[int], limit: int, chance: float) -> Floats:
+        """Tokens that responses of the group have left after so many generated: exceeded with this chance alone."""
+        reached = np.log(np.maximum(self.chances(group)[::-1].cumsum()[::-1], _NEVER))  # at least so long, for bounds
+        alive = np.interp(np.log(np.maximum(generated, 1)), self._bounds, reached)
+        lengths = np.exp(np.interp(-alive - math.log(chance), -reached, self._bounds))
+        result: Floats = np.maximum(np.minimum(lengths, limit) - generated, 0.0)
         return result
 
     def _take(self, shape: Shape) -> None:
         self.shape = shape
         self._prior = _normal(self._means - self._top - shape.centre, shape.width)
         kernel = np.exp(_normal(self._logs - self._means[:, None], shape.spread))
-        self._kernel = kernel / kernel.sum(axis=1, keepdims=True)  # of `lengths` (columns) for each of the means
+        self._kernel = kernel / kernel.sum(
+            axis=1, keepdims=True
+        )  # of the grid's lengths (columns) for each of the means
 
     def _likelihoods(self, values: Floats, ended: NDArray[np.bool_], spread: float) -> Floats:
         """Of each logarithm (rows) for each mean of its group."""

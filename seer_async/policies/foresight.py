@@ -1,7 +1,8 @@
 """Longest likely remainder first: what a group has shown, as a belief about how long each response still is.
 
-What goes first is the request with the largest remainder, where a remainder is the power mean of what is likely to be
-left (`seer_async.belief`), so that a small chance of a long response counts: one that starts late makes the tail.
+What goes first is the request with the largest remainder. A remainder is what one of all open responses, were they all
+like this one, is expected to exceed (`seer_async.belief`). So a small chance of a long response counts as long as there
+are many, because one that starts late makes the tail; what is likely to happen to none of them does not.
 
 Differs from `seer`: what a response has generated counts against it; a group whose probe has got far outranks one
 whose probe has just begun; and a response that outlives its siblings is expected to go on. Probes go first to start,
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from seer_async.context import Context
     from seer_async.request import Group, Request
 
-POWER = 20.0  # of the mean over remainders: 1 would be the expected one, infinity the longest possible
 _FIRST_LESSON = 8  # responses that have ended
 _MORE = 1.25  # so many times as many before the next lesson
 _SAMPLE = 128  # groups to learn from
@@ -46,12 +46,22 @@ class Foresight(Policy):
         self._begun: dict[Group, None] = {}  # groups that have shown something
         self._past: deque[Evidence] = deque(maxlen=_SAMPLE)  # of groups that are forgotten
         self._ended: set[Request] = set()  # of groups that are not forgotten
+        self._open: set[Request] = set()
+        self._many = 1  # that are open, within a factor of two; the same for all that are ranked
         self._endings = 0
         self._lesson_at = float(_FIRST_LESSON)
+
+    @property
+    def chance(self) -> float:
+        """How likely a response is to be longer than it is taken for: one of all that are open is."""
+        return 1 / self._many
 
     def wait(self, request: Request) -> None:
         if request.group.limit > self.belief.limit:
             self.belief.extend(request.group.limit)
+        self._open.add(request)
+        if self._miscounted():
+            self._rank_all()
         if self.is_probe(request) and not request.generated:
             self._probes.push(0, request)
         else:
@@ -62,16 +72,20 @@ class Foresight(Policy):
 
     def learned(self, request: Request) -> None:
         self._begun[request.group] = None
+        if request.finish_reason is not None:
+            self._open.discard(request)
         if _ended(request) and request not in self._ended:
             self._ended.add(request)
             self._endings += 1
-            if self._endings >= self._lesson_at:
-                self._learn()
-                return
-        if waiting := [sibling for sibling in request.group.requests if sibling in self._keys]:
+        if self._endings >= self._lesson_at:
+            self._learn()
+        elif self._miscounted():
+            self._rank_all()
+        elif waiting := [sibling for sibling in request.group.requests if sibling in self._keys]:
             self._rank(request.group, waiting)
 
     def forget(self, group: Group) -> None:
+        self._open.difference_update(group.requests)
         if group in self._begun:
             del self._begun[group]
             self._past.append(evidence(group))
@@ -84,10 +98,18 @@ class Foresight(Policy):
         return request.index < self.config.probes
 
     def _learn(self) -> None:
-        """Fit the belief to the run so far, and rank all that wait anew."""
+        """Fit the belief to the run so far."""
         self._lesson_at = _MORE * self._endings
         groups = list(self._begun)[:: len(self._begun) // _SAMPLE + 1]
         self.belief.learn([*self._past, *map(evidence, groups)])
+        self._rank_all()
+
+    def _miscounted(self) -> bool:
+        return not self._many / 2 <= 1 + len(self._open) <= 2 * self._many
+
+    def _rank_all(self) -> None:
+        """Rank all that wait anew, as one of so many as are open now."""
+        self._many = 1 + len(self._open)
         waiting: dict[Group, list[Request]] = {}
         for request in self._keys:
             waiting.setdefault(request.group, []).append(request)
@@ -95,17 +117,19 @@ class Foresight(Policy):
             self._rank(group, requests)
 
     def _rank(self, group: Group, waiting: Sequence[Request]) -> None:
-        generated = list({request.generated for request in waiting})  # most have not started
-        remainders = self.belief.remainders(evidence(group), generated, group.limit, POWER)
-        keys = dict(zip(generated, (-remainders).tolist(), strict=True))
-        for request in waiting:
-            key = keys[request.generated]
-            if self._keys.get(request) != key:
-                self._keys[request] = key
-                heapq.heappush(self._heap, (key, group.order, request.index, request))
+        for request, left in zip(waiting, self._left(group, waiting), strict=True):
+            if self._keys.get(request) != -left:
+                self._keys[request] = -left
+                heapq.heappush(self._heap, (-left, group.order, request.index, request))
         if len(self._heap) > _LEAST_SWEEP + 2 * len(self._keys):
             self._heap = [entry for entry in self._heap if self._keys.get(entry[3]) == entry[0]]
             heapq.heapify(self._heap)
+
+    def _left(self, group: Group, requests: Sequence[Request]) -> list[float]:
+        """Tokens that requests of the group are taken to have left."""
+        generated = [request.generated for request in requests]
+        left: list[float] = self.belief.remainders(evidence(group), generated, group.limit, self.chance).tolist()
+        return left
 
     def _first(self) -> Request | None:
         while self._heap:

@@ -40,6 +40,8 @@ def _correlated(correlation: float) -> dict[str, Any]:
 
 
 _DIVIDED, _SEER, _DRAFTED, _BOUND = "no-context+pool", "seer+pool", "seer+pool+grouped", "oracle+pool"
+_KNOWING, _KNOWS = "seer_async.simulation.knowing", ("Outlived", "FirstEnded", "Longest")
+_UNSEEN: tuple[float | None, float | None] = (None, None)
 
 _STUDIES = {
     "ablation": [
@@ -87,12 +89,21 @@ _STUDIES = {
         for setting, suffix, grouped in ((MOONLIGHT, 1.18, 1.26), (QWEN2_VL, None, 1.38), (KIMI_K2, None, 1.25))
     ],
     "policies": [
-        _Case(setting, dict.fromkeys((BASELINE, _SEER, "foresight+pool", _BOUND), (None, None))) for setting in PAPER
+        _Case(setting, dict.fromkeys((BASELINE, _SEER, "foresight+pool", _BOUND), _UNSEEN)) for setting in PAPER
+    ],
+    "knowledge": [
+        _Case(
+            setting,
+            dict.fromkeys(
+                (BASELINE, "foresight+pool", *(f"{_KNOWING}:{name}+pool" for name in _KNOWS), _BOUND), _UNSEEN
+            ),
+        )
+        for setting in PAPER
     ],
     "correlation": [
         _Case(
             QWEN2_VL,
-            dict.fromkeys((BASELINE, _DIVIDED, _SEER, "foresight+pool", _BOUND), (None, None)),
+            dict.fromkeys((BASELINE, _DIVIDED, _SEER, "foresight+pool", _BOUND), _UNSEEN),
             _correlated(correlation),
         )
         for correlation in (0.6, 0.75, 0.9, 0.95, 0.98)

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from seer_async.belief import PRIOR, Belief, Evidence, Shape
-from seer_async.policies.foresight import POWER, Foresight, evidence
+from seer_async.policies.foresight import Foresight, evidence
 
 from .hand import Hand
 
 LIMIT = 1000
+RARE = 0.1
 
 
 def hand(**tree: Any) -> Hand:
@@ -21,15 +22,47 @@ def left(hand: Hand, group: str, generated: int) -> float:
     policy = hand.core.policy
     assert isinstance(policy, Foresight)
     known = hand.core.buffer.groups[group]
-    return float(policy.belief.remainders(evidence(known), [generated], known.limit, POWER)[0])
+    return float(policy.belief.remainders(evidence(known), [generated], known.limit, RARE)[0])
 
 
 def test_probes_start_first_and_have_no_privilege_then() -> None:
     it = hand().groups("a", "b", n=2, limit=LIMIT).up(seqs=3)
     assert it.running[:2] == ["a/0", "b/0"]
     assert it.running[2] == "a/1"
-    it.answer("a/0")  # a long way to go still, and so have all others: 100 of 1000 tokens say little
+    it.answer("a/0", 20)  # a long way to go still, and so have all others: 20 of 1000 tokens say little
     assert "b/1" in it.running
+
+
+def test_all_that_wait_are_taken_for_one_of_as_many_as_are_open() -> None:
+    it = hand().groups("a", n=40, limit=LIMIT).up(seqs=40)
+    policy = it.core.policy
+    assert isinstance(policy, Foresight)
+
+    def check(open_: int) -> None:
+        assert (1 + open_) / 2 <= 1 / policy.chance <= 2 * (1 + open_)
+        for request, key in policy._keys.items():
+            assert key == -policy._left(request.group, [request])[0]
+
+    check(40)
+    it.groups("b", n=80, limit=LIMIT)
+    check(120)
+    for index in range(40):
+        it.answer(f"a/{index}", 40 + index, finish="stop")
+    check(80)
+    policy.forget(it.core.buffer.groups["b"])
+    it.groups("c", n=2, limit=LIMIT)
+    check(2)
+
+
+def test_remainders_are_exceeded_with_the_chance_that_was_asked_for() -> None:
+    rng = np.random.default_rng(1)
+    belief = Belief(100_000)
+    lengths = np.exp(belief._top + PRIOR.centre + rng.normal(0, np.hypot(PRIOR.width, PRIOR.spread), 200_000))
+    for generated in (0, 3_000, 10_000):
+        alive = lengths[lengths > generated]
+        for chance in (0.5, 0.1):
+            remainder = belief.remainders(Evidence((), ()), [generated], 10**6, chance)[0]
+            assert np.mean(alive > generated + remainder) == pytest.approx(chance, rel=0.15)
 
 
 def test_a_finished_sibling_tells_what_is_left() -> None:
@@ -68,7 +101,7 @@ def test_a_response_cut_off_at_the_limit_says_no_more_than_that_it_was_long() ->
 def test_remainders_are_within_the_limit() -> None:
     generated = list(range(LIMIT))
     for limit in (LIMIT, LIMIT // 3):
-        remainders = Belief(LIMIT).remainders(Evidence((), (5,)), generated, limit, POWER)
+        remainders = Belief(LIMIT).remainders(Evidence((), (5,)), generated, limit, RARE)
         assert np.isfinite(remainders).all()
         assert (remainders >= 0).all()
         assert (remainders <= np.maximum(limit - np.array(generated), 0) + 1e-6).all()
@@ -105,7 +138,7 @@ def test_a_run_in_which_siblings_differ_is_less_sure_of_them() -> None:
     unlike.learn([Evidence((base, 3 * base, 9 * base), ()) for base in range(20, 100, 3)])
     one = Evidence((100, 110), ())
     assert alike.shape.spread < unlike.shape.spread
-    left = [belief.remainders(one, [0], LIMIT, POWER)[0] for belief in (alike, unlike)]
+    left = [belief.remainders(one, [0], LIMIT, RARE)[0] for belief in (alike, unlike)]
     assert left[0] < 0.7 * left[1]
 
 
@@ -130,8 +163,8 @@ def test_a_higher_limit_leaves_room_to_learn_what_is_far_below_it() -> None:
     for limit in (1000, 100_000):
         higher.extend(limit)
         higher.learn(seen)
-    likely = [belief.remainders(Evidence((), ()), [0], 100, POWER)[0] for belief in (lower, higher)]
-    assert likely[1] == pytest.approx(likely[0], rel=0.1)
+    likely = [belief.remainders(Evidence((), ()), [0], 100, RARE)[0] for belief in (lower, higher)]
+    assert likely[1] == pytest.approx(likely[0], rel=0.25)  # the grid of centres is a quarter apart
     assert (higher.shape.width, higher.shape.spread) == (lower.shape.width, lower.shape.spread)
 
 

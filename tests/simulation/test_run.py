@@ -187,3 +187,12 @@ def test_a_fleet_of_256_is_simulated_at_a_fraction_of_a_millisecond_a_chunk() ->
     setup = Setup(workload=shape.generate(0), engine=QWEN2_VL.fleet.engine, instances=256, chunk_size=4096)
     figures = one(setup, "seer+pool")
     assert figures.wall_s / figures.chunks < 2e-3  # about 0.2 ms on an idle core: a bound against quadratic work
+
+
+def test_what_more_knowledge_would_be_worth() -> None:
+    names = [f"seer_async.simulation.knowing:{name}+pool" for name in ("Outlived", "FirstEnded", "Longest")]
+    without, *told = figures = list(contest(SMALL, ["foresight+pool", *names]))
+    assert {f.requests for f in figures} == {SMALL.workload.requests}
+    assert len({f.total_s for f in figures}) == len(figures)
+    assert told[-1].throughput > without.throughput
+    assert told[-1].tail_s < 0.5 * without.tail_s
