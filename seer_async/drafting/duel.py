@@ -10,7 +10,8 @@ What the losing side of a trial loses is paid from a purse that all batch sizes 
 spent where a loss is large.
 
 Between trials the tokens that drafting brings are watched: where they fall to what would no longer pay, the next trial
-begins at once, and where that is beyond doubt drafting ends without one. While there is no drafting, a guess of what it
+begins at once, and where that is beyond doubt drafting ends without one; where they bring far less than in their trial,
+they are tried anew. While there is no drafting, a guess of what it
 would bring says whether to try.
 
 Invariants: drafting goes on only where a trial was won, at this batch size or lately at the next larger one (or, with a
@@ -42,6 +43,7 @@ SHORTEST, LONGEST = 256, 4096  # steps between trials
 WARM_UP = 24  # steps with drafts, the first of all, in which code and kernels are loaded
 OUTLIER = 5.0  # times the usual: a step that is compiled for, or that the machine had no time for
 USUAL = 0.05  # share of the newest step in what is usual
+CHANGED = 0.7  # of the tokens that drafts brought in their trial: with fewer it says nothing of them any more
 NEEDED = 1.3  # tokens of a request and step that pay, before a trial has told: steps take 1.3 to 1.9 times as long
 PROMISING = 1.2  # a guess of so many times what pays is followed even on credit
 
@@ -156,7 +158,7 @@ class Duel:
         if self._resting:
             if self._pays_no_more(beyond_doubt=True):
                 self._rest_without()
-            elif self._is_due or self._pays_no_more():
+            elif self._is_due or self._pays_no_more() or self._has_changed:
                 self._try()
         elif self._block.steps >= (self._drafts_counted if self.drafting else COUNTED):
             self._ended()
@@ -180,6 +182,16 @@ class Duel:
             return False
         doubt = self._luck / self._drafts_counted if beyond_doubt else 0.0
         return self._recent + doubt < self._needed / (MARGIN if beyond_doubt else 1)
+
+    @property
+    def _has_changed(self) -> bool:
+        """Whether drafts bring so much less than in their trial that they are to be tried anew.
+
+        What they need was measured once, and a machine that hung behind the other side then makes it look like little.
+        """
+        if not self.drafting or self._untried or self._block.steps < self._drafts_counted:
+            return False
+        return self._recent + self._luck / self._drafts_counted < CHANGED * self._brought
 
     def _is_outlier(self, wait: float) -> bool:
         most = OUTLIER * (self._usual or wait)

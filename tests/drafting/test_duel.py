@@ -138,6 +138,18 @@ def play_tokens(duel: Duel, steps: int, *, costs: float, brings: float) -> int:
     return drafted
 
 
+def test_a_trial_that_was_won_by_a_slow_machine_is_held_again_when_texts_change() -> None:
+    """Steps without drafts took twice their time in the trial, so drafts seemed to need one token only."""
+    duel, drafted = Duel(8), 0
+    for number in range(3_000):
+        drafting = duel.drafting
+        drafted += drafting and number >= 300
+        slow = 2.0 if number < 100 else 1.6
+        wait = slow * 1.2 if drafting else 2.0 * slow if number < 100 else 1.0
+        duel.step(drafted=drafting, wait=wait, tokens=(2.6 if number < 300 else 1.1) if drafting else 1.0)
+    assert drafted < 100
+
+
 def test_a_step_that_hangs_decides_nothing() -> None:
     """Something is compiled in the middle of a trial, for a hundred times a step: drafts are not to pay for it."""
     duel, count = Duel(8), 0
