@@ -11,8 +11,7 @@ spent where a loss is large.
 
 Between trials the tokens that drafting brings are watched: where they fall to what would no longer pay, the next trial
 begins at once, and where that is beyond doubt drafting ends without one; where they bring far less than in their trial,
-they are tried anew. While there is no drafting, a guess of what it
-would bring says whether to try.
+they are tried anew. While there is no drafting, a guess of what it would bring says whether to try.
 
 Invariants: drafting goes on only where a trial was won, at this batch size or lately at the next larger one (or, with a
 `trusting` start, not yet made); trials cost at most `COST` of the time, beyond the first and as far as a trial's price
@@ -110,9 +109,9 @@ class _Block:
 class Duel:
     """Drafting against not drafting, at a batch size of about `requests`.
 
-    Until its first trial it drafts if `trusting` says so, or as `like` does, the duel
-    at the next larger batch size: where drafting pays, it pays in a smaller batch too. `guess` says how many tokens of
-    a request and step drafting would bring, or None.
+    Until its first trial it drafts if `trusting` says so, or as `like` does, the duel at the next larger batch size:
+    where drafting pays, it pays in a smaller batch too. `guess` says how many tokens of a request and step drafting
+    would bring, or None.
     """
 
     _resting: bool
