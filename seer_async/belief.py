@@ -126,9 +126,7 @@ class Belief:
         self.shape = shape
         self._prior = _normal(self._means - self._top - shape.centre, shape.width)
         kernel = np.exp(_normal(self._logs - self._means[:, None], shape.spread))
-        self._kernel = kernel / kernel.sum(
-            axis=1, keepdims=True
-        )  # of the grid's lengths (columns) for each of the means
+        self._kernel = kernel / kernel.sum(axis=1, keepdims=True)  # of the grid's lengths (columns), for each mean
 
     def _likelihoods(self, values: Floats, ended: NDArray[np.bool_], spread: float) -> Floats:
         """Of each logarithm (rows) for each mean of its group."""

@@ -26,6 +26,7 @@ from seer_cli.engines import local_spec
 from seer_cli.fleetbench import fleet
 from seer_cli.kvbench import Figures, measure_pool
 from seer_cli.load import measure_core
+from seer_cli.options import VllmArgs  # noqa: TC001 - Typer reads annotations
 from seer_cli.output import print_json, print_table
 from seer_cli.rollout import engine_urls
 from seer_cli.servebench import measure_serve
@@ -120,12 +121,7 @@ def drafts(
     model: Annotated[str | None, typer.Option(help="Model folder. [default: a small model, fetched once]")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Longest sequence of the engines.")] = None,
     kv_cache_gib: Annotated[float, typer.Option(min=0.1, help="KV cache of each engine, GiB.")] = 1.0,
-    vllm_arg: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="One more argument for each engine, for example --vllm-arg=--no-async-scheduling; repeatable."
-        ),
-    ] = None,
+    vllm_arg: VllmArgs = None,
     out: Annotated[
         Path | None, typer.Option(help="Add each turn to this JSONL file as it ends.", show_default=False)
     ] = None,

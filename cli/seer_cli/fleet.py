@@ -17,7 +17,7 @@ from seer_async.errors import FleetError, UsageError
 from seer_cli.display import make_display
 from seer_cli.engines import local_spec, pool_kind, require_model, require_vllm
 from seer_cli.fleetstatus import FleetStatus, look, table
-from seer_cli.options import config_from
+from seer_cli.options import VllmArgs, config_from
 from seer_cli.output import machine_errors, print_json
 from seer_servers.fleetfile import FleetFolder, fleets_folder, is_path, known_fleets, read_fleet_file
 
@@ -59,14 +59,6 @@ _MaxModelLen = Annotated[
 _MaxNumSeqs = Annotated[
     int | None, typer.Option("--max-num-seqs", help="Most requests that run at once in an engine. [default: vLLM's]")
 ]
-_VllmArgs = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--vllm-arg",
-        help="One more argument for each engine, for example --vllm-arg=--seed --vllm-arg=7; repeatable.",
-        show_default=False,
-    ),
-]
 
 
 def _config(**options: Any) -> FleetConfig:
@@ -101,7 +93,7 @@ def up(
     dtype: _Dtype = None,
     max_model_len: _MaxModelLen = None,
     max_num_seqs: _MaxNumSeqs = None,
-    vllm_arg: _VllmArgs = None,
+    vllm_arg: VllmArgs = None,
     foreground: Annotated[
         bool, typer.Option("--foreground", help="Stay, and stop the fleet on Ctrl-C, instead of leaving it running.")
     ] = False,
@@ -255,7 +247,7 @@ def commands(
     dtype: _Dtype = None,
     max_model_len: _MaxModelLen = None,
     max_num_seqs: _MaxNumSeqs = None,
-    vllm_arg: _VllmArgs = None,
+    vllm_arg: VllmArgs = None,
 ) -> None:
     """Print the commands that run engines on several machines, and the fleet file for `seer rollout --fleet`.
 

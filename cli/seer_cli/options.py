@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from seer_async.config import Config, Tree, merge, parse_setting, read_toml, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
+
+VllmArgs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--vllm-arg",
+        help="One more argument for each engine, for example --vllm-arg=--seed --vllm-arg=7; repeatable.",
+        show_default=False,
+    ),
+]
 
 
 def config_from(file: Path | None, settings: Sequence[str], options: Mapping[str, Any]) -> Config:

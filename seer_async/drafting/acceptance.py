@@ -20,9 +20,7 @@ MATCHES = (2, 3, 4, 6, 8, 12, 16, 24)  # lower ends of the buckets of match leng
 SHARES = (0.3, 0.5, 0.68, 0.82, 0.92)  # and of vote share
 MEMORY = 400  # observations in a bucket after which an old one weighs a third (1/e)
 GUESS_WEIGHT = 6.0  # observations that the first guess is worth
-GUESS_FACTOR = (
-    0.8  # of its share, a token nobody has judged yet is worth this much: what is never tried is never learned
-)
+GUESS_FACTOR = 0.8  # of its share, what a token nobody has judged yet is worth: never tried is never learned
 
 
 class Acceptance:

@@ -155,9 +155,9 @@ class Duel:
         self._block.add(wait, tokens)
         self._recent += (tokens - self._recent) / self._drafts_counted
         if self._resting:
-            if self._pays_no_more(beyond_doubt=True):
+            if self._brings_at_most < self._needed / MARGIN:
                 self._rest_without()
-            elif self._is_due or self._pays_no_more() or self._has_changed:
+            elif self._is_due or self._brings_now < self._needed or self._has_changed:
                 self._try()
         elif self._block.steps >= (self._drafts_counted if self.drafting else COUNTED):
             self._ended()
@@ -176,11 +176,15 @@ class Duel:
         pays = MARGIN * (self._needed or NEEDED)
         return brings >= PROMISING * pays or (self._purse.open and (brings >= pays or self._block.steps >= LONGEST))
 
-    def _pays_no_more(self, *, beyond_doubt: bool = False) -> bool:
-        if not self.drafting or self._block.steps < self._drafts_counted:
-            return False
-        doubt = self._luck / self._drafts_counted if beyond_doubt else 0.0
-        return self._recent + doubt < self._needed / (MARGIN if beyond_doubt else 1)
+    @property
+    def _brings_now(self) -> float:
+        """Tokens of a request and step that drafting has brought lately; enough to go on, while that is not known."""
+        return self._recent if self.drafting and self._block.steps >= self._drafts_counted else inf
+
+    @property
+    def _brings_at_most(self) -> float:
+        """The same, had a dozen more been right."""
+        return self._brings_now + self._luck / self._drafts_counted
 
     @property
     def _has_changed(self) -> bool:
@@ -188,9 +192,7 @@ class Duel:
 
         What they need was measured once, and a machine that hung behind the other side then makes it look like little.
         """
-        if not self.drafting or self._untried or self._block.steps < self._drafts_counted:
-            return False
-        return self._recent + self._luck / self._drafts_counted < CHANGED * self._brought
+        return not self._untried and self._brings_at_most < CHANGED * self._brought
 
     def _is_outlier(self, wait: float) -> bool:
         most = OUTLIER * (self._usual or wait)

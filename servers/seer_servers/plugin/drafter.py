@@ -10,7 +10,6 @@ model's length or a pending minimum length; whatever is drafted, what is sampled
 
 import os
 import time
-from hashlib import blake2b
 from typing import Any, NamedTuple
 
 import msgspec
@@ -19,13 +18,14 @@ from numpy.typing import NDArray
 from vllm.logger import init_logger
 
 from seer_async.drafting.acceptance import Acceptance
-from seer_async.drafting.budget import HIGH_WEIGHT, Budget
+from seer_async.drafting.budget import Budget
 from seer_async.drafting.groups import Groups
 from seer_async.drafting.index import GroupIndex, Lookup, Path
 from seer_async.drafting.steptime import Profile, StepTime
 from seer_servers.drafting.address import ADDRESS_ENV
 from seer_servers.drafting.client import DraftClient
 from seer_servers.plugin.draft_stats import DraftStats
+from seer_servers.plugin.kinship import kinship_of
 from seer_servers.plugin.marker import SEER_PROMPT_LEN
 
 logger = init_logger("vllm.seer")
@@ -47,9 +47,7 @@ class Row:
         extra = params.extra_args or {}
         prompt: list[int] = state.prompt_token_ids
         self.prompt_len = min(int(extra.get(SEER_PROMPT_LEN, len(prompt))), len(prompt))
-        self.group = str(extra.get("seer_group") or _digest(prompt[: self.prompt_len], extra.get("seer_salt")))
-        self.request = str(extra.get("seer_request") or request_id)
-        self.weight = HIGH_WEIGHT if extra.get("seer_priority") == "high" else 1.0
+        self.group, self.request, self.weight = kinship_of(request_id, prompt[: self.prompt_len], extra)
         self.longest = len(prompt) + (params.max_tokens or 1 << 60)
         self.shortest = len(prompt) + params.min_tokens
         self.stops: set[int] = set() if params.ignore_eos else set(params.all_stop_token_ids)
@@ -244,10 +242,6 @@ class GroupedDrafter:
             acceptance=self.acceptance.table(),
             **(self.client.stats() if self.client else {}),
         )
-
-
-def _digest(prompt: list[int], salt: object) -> str:
-    return blake2b(np.asarray(prompt, dtype=np.int32).tobytes() + repr(salt).encode(), digest_size=12).hexdigest()
 
 
 def _until_stop(tokens: NDArray[np.int32], stops: set[int]) -> NDArray[np.int32]:

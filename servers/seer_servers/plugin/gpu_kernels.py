@@ -231,6 +231,13 @@ def _choose_kernel(
 
 
 @triton.jit
+def _tally(tallies, kind, step, reached, accepted, KINDS: tl.constexpr, STEPS: tl.constexpr):
+    cell = kind * STEPS + step
+    tl.atomic_add(tallies + cell, reached.to(tl.int32), mask=reached)
+    tl.atomic_add(tallies + KINDS * STEPS + cell, accepted.to(tl.int32), mask=accepted)
+
+
+@triton.jit
 def _observe_kernel(
     slots,
     sampled,
@@ -255,12 +262,10 @@ def _observe_kernel(
     step = tl.arange(0, STEPS_PO2)
     reached = (step < verified) & (step < got)
     accepted = reached & (step < got - 1)
-    one = tl.full([STEPS_PO2], 1, tl.int32)
-    cell = kind * STEPS + step
-    tl.atomic_add(tallies + cell, one, mask=reached)
-    tl.atomic_add(tallies + KINDS * STEPS + cell, one, mask=accepted)
-    tl.atomic_add(totals + step, one.to(tl.int64), mask=step < verified)
-    tl.atomic_add(totals + STEPS + step, one.to(tl.int64), mask=accepted)
+    _tally(tallies, kind, step, reached, accepted, KINDS, STEPS)
+    one = tl.full([STEPS_PO2], 1, tl.int64)
+    tl.atomic_add(totals + step, one, mask=step < verified)
+    tl.atomic_add(totals + STEPS + step, one, mask=accepted)
     if verified > 0:
         group = by_group + tl.load(groups + slot) * 3
         tl.atomic_add(group, tl.full([], 1, tl.int64))
@@ -297,10 +302,7 @@ def _compare_kernel(
     wrong = tl.min(tl.where(drafted & (said == sampled), STEPS_PO2, step), axis=0)
     reached = drafted & (step <= wrong)
     accepted = drafted & (step < wrong)
-    one = tl.full([STEPS_PO2], 1, tl.int32)
-    cell = kind * STEPS + step
-    tl.atomic_add(tallies + cell, one, mask=reached)
-    tl.atomic_add(tallies + KINDS * STEPS + cell, one, mask=accepted)
+    _tally(tallies, kind, step, reached, accepted, KINDS, STEPS)
     if (kind > GONE) & (tl.sum(known.to(tl.int32), axis=0) > 0):
         tl.atomic_add(seen, tl.full([], 1, tl.int64))
         tl.atomic_add(seen + 1, tl.sum(accepted.to(tl.int64), axis=0))

@@ -11,16 +11,13 @@ before, never on the draw that it is about.
 
 import os
 import time
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
-from seer_async.drafting.budget import HIGH_WEIGHT
 from seer_servers.plugin.draft_stats import MAX_GROUPS, PUBLISH_S, STATS_ENV, write_page
 from seer_servers.plugin.gpu_kernels import (
     GONE,
@@ -41,13 +38,15 @@ from seer_servers.plugin.gpu_kernels import (
 )
 from seer_servers.plugin.gpu_outlook import Outlook
 from seer_servers.plugin.gpu_siblings import Name, Siblings
+from seer_servers.plugin.kinship import kinship_of
 
 SERVER_ENV = "SEER_DRAFT_SERVER"
 TTL_S = 600.0  # how long the draft server keeps a group that no engine speaks of
 SHARED_TOKENS = 32  # of a request, handed on together: one by one they would cost the engine's process too much
 SEND_S, FETCH_S = 0.1, 0.2  # the client's thread takes the engine's process from it
 FETCH_STEPS = 8
-REST_STEPS = 32  # steps without drafts between two looks at what siblings do, and what drafts would bring; a multiple
+# Steps without drafts between two looks at what siblings do and what drafts would bring; a multiple of the above.
+REST_STEPS = 32
 FOLD_STEPS = 32  # steps between two looks at what was accepted
 KEPT = 0.98  # of what was counted, at each fold: half is forgotten in about a thousand steps
 PRIOR_WEIGHT = 4.0  # drafts
@@ -217,9 +216,8 @@ class GroupedSpeculator(BaseSpeculator):  # type: ignore[misc]  # vLLM has no ty
 
     def added(self, request_id: str, slot: int, prompt: list[int], response: list[int], extra: dict[str, Any]) -> None:
         """A request has been given `slot`: its original prompt, and what of its response came with it."""
-        group = str(extra.get("seer_group") or _digest(prompt, extra.get("seer_salt")))
-        weight = HIGH_WEIGHT if extra.get("seer_priority") == "high" else 1.0
-        running = Running(Name(group, str(extra.get("seer_request") or request_id)), weight)
+        group, request, weight = kinship_of(request_id, prompt, extra)
+        running = Running(Name(group, request), weight)
         self.siblings.add(slot, running.name, prompt)
         self.newcomers[slot] = weight
         self.running[request_id] = running
@@ -320,7 +318,3 @@ def _client() -> Any:
     from seer_servers.drafting.client import DraftClient  # noqa: PLC0415 - only engines of a fleet have a server
 
     return DraftClient(address, name=f"engine-{os.getpid()}", batch_s=SEND_S, fetch_s=FETCH_S)
-
-
-def _digest(prompt: list[int], salt: object) -> str:
-    return blake2b(np.asarray(prompt, dtype=np.int32).tobytes() + repr(salt).encode(), digest_size=12).hexdigest()
