@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from seer_async.errors import EngineError, FailureKind, StorageError
 from seer_async.events import (
@@ -23,7 +23,6 @@ from seer_async.events import (
     EngineAdded,
     EngineDown,
     EngineRemoved,
-    EngineReport,
     EngineUp,
     Event,
     HandBack,
@@ -33,8 +32,9 @@ from seer_async.events import (
     Wake,
     Woke,
 )
+from seer_async.monitor import Monitor
 from seer_async.salt import cache_salt
-from seer_async.snapshot import Snapshot, take_snapshot
+from seer_async.snapshot import take_snapshot
 from seer_async.wire import CallSpec
 
 if TYPE_CHECKING:
@@ -42,53 +42,13 @@ if TYPE_CHECKING:
 
     from seer_async.core import Core
     from seer_async.engine import EngineClient
-    from seer_async.types import EngineInfo, Sample
+    from seer_async.sink import Sink, Tracer
+    from seer_async.snapshot import Snapshot
+    from seer_async.types import EngineInfo
 
-TRIAL_TIMEOUT_S = 60.0  # for one token from an engine that others may keep busy
-_RETRY_ATTACH_S = 1.0
 _REPORT_SHARE = 50  # watching may take one fiftieth of the loop's time,
 _REPORT_PAUSE_S = 2.0  # unless that would look frozen
 _INSIST_S = 1.0
-
-
-class Sink(Protocol):
-    """Where records and samples go. What it is called as in an error, and how often the run was begun before."""
-
-    @property
-    def name(self) -> str:
-        """What to call it."""
-
-    @property
-    def life(self) -> int:
-        """0 for a new run, 1 more each time it is resumed."""
-
-    def record(self, record: Record) -> None:
-        """An accepted chunk or a restart; raises OSError if it cannot be kept."""
-
-    def emit(self, sample: Sample) -> None:
-        """A finished sample; raises OSError if it cannot be kept."""
-
-    def measure(self, snapshot: Snapshot) -> None:
-        """The fleet at one moment; raises OSError."""
-
-    def sync(self) -> None:
-        """Make safe what was given; may take long; raises OSError."""
-
-
-class Tracer(Protocol):
-    """Sees calls come and go; the trace file."""
-
-    def dispatched(self, dispatch: Dispatch, now: float) -> None:
-        """A call left."""
-
-    def finished(self, call: int, now: float, *, tokens: int, outcome: str, finish_reason: str | None) -> None:
-        """A call was answered, or failed."""
-
-    def cancelled(self, call: int, now: float) -> None:
-        """A call was given up."""
-
-    def counter(self, snapshot: Snapshot) -> None:
-        """The fleet at one moment."""
 
 
 class Clock:
@@ -132,11 +92,11 @@ class Shell:
         self._config = core.config
         self._calls: dict[int, asyncio.Task[None]] = {}
         self._errands: set[asyncio.Task[None]] = set()  # to engines, beside calls
-        self._suspects: dict[str, asyncio.Event] = {name: asyncio.Event() for name in clients}
         self._stopped: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._alarm: asyncio.TimerHandle | None = None
         self._tasks: asyncio.TaskGroup | None = None
-        self._monitors: dict[str, asyncio.Task[None]] = {}
+        self._monitors: dict[str, Monitor] = {}
+        self._following: dict[str, asyncio.Task[None]] = {}  # the monitors' tasks
 
     async def run(self, attached: Mapping[str, EngineInfo]) -> str:
         """Roll out until the core stops; returns its reason.
@@ -149,10 +109,10 @@ class Shell:
         async with asyncio.TaskGroup() as self._tasks:
             self.post(*(EngineUp(engine=name, info=info) for name, info in attached.items()))
             for name in self._clients:
-                self._begin_monitor(self._tasks, name)
+                self._follow(name)
             tasks = [self._tasks.create_task(self._report()), self._tasks.create_task(self._measure())]
             await asyncio.wait([self._stopped])
-            await _ended([*tasks, *self._monitors.values(), *self._calls.values(), *self._errands])
+            await _ended([*tasks, *self._following.values(), *self._calls.values(), *self._errands])
         if self._alarm:
             self._alarm.cancel()
         self._report_once()
@@ -160,36 +120,39 @@ class Shell:
 
     def add_engine(self, name: str, client: EngineClient) -> None:
         """Make an engine part of the fleet; it is attached when it answers."""
-        assert self._tasks is not None, "run() comes first"
         self._clients[name] = client
-        self._suspects[name] = asyncio.Event()
         self.post(EngineAdded(engine=name))
-        self._begin_monitor(self._tasks, name)
+        self._follow(name)
 
     def remove_engine(self, name: str) -> None:
         """Forget an engine; what is in flight there goes on elsewhere."""
-        self._monitors.pop(name).cancel()
+        self._following.pop(name).cancel()
         self.post(EngineRemoved(engine=name))
-        del self._clients[name], self._suspects[name]
+        del self._clients[name], self._monitors[name]
 
     def check_engine(self, name: str) -> None:
         """Ask again whether an engine is accepted; one that is not gets nothing more until it is."""
-        assert self._tasks is not None, "run() comes first"
         info = self._clients[name].info
         if not self._core.instances[name].up or info is None:
             return  # it is asked when it is attached
         if reason := self._accepts(name, info):
-            self._monitors[name].cancel()
+            self._following[name].cancel()
             self.post(EngineDown(engine=name, reason=reason))
-            self._begin_monitor(self._tasks, name)
+            self._follow(name)
 
     def hurry(self) -> None:
         """Read the telemetry of all engines now."""
-        for suspect in self._suspects.values():
-            suspect.set()
+        for monitor in self._monitors.values():
+            monitor.hurry()
 
-    def _begin_monitor(self, tasks: asyncio.TaskGroup, name: str) -> None:
-        self._monitors[name] = tasks.create_task(self._monitor(name), name=f"monitor {name}")
+    def _follow(self, name: str) -> None:
+        assert self._tasks is not None, "run() comes first"
+        monitor = self._monitors[name] = Monitor(
+            name, self._clients[name], self._config.engine, accepts=self._accepts, post=self.post
+        )
+        self._following[name] = self._tasks.create_task(
+            monitor.run(up=self._core.instances[name].up), name=f"monitor {name}"
+        )
 
     def post(self, *events: Event) -> None:
         """Tell the core what happened in this moment, and do what it says."""
@@ -295,58 +258,13 @@ class Shell:
             self.post(RequestsCancelled(requests=tuple(call.request.id for call in still)))
 
     def _failed(self, dispatch: Dispatch, error: EngineError) -> None:
-        if error.kind is FailureKind.CONNECTION and dispatch.engine in self._suspects:
-            self._suspects[dispatch.engine].set()
+        if error.kind is FailureKind.CONNECTION and dispatch.engine in self._monitors:
+            self._monitors[dispatch.engine].hurry()
         if self._tracer:
             self._tracer.finished(
                 dispatch.call, self._clock.now(), tokens=0, outcome=str(error.kind), finish_reason=None
             )
         self.post(ChunkFailed(call=dispatch.call, kind=error.kind, message=str(error), retry_after=error.retry_after))
-
-    # Engines
-
-    async def _monitor(self, name: str) -> None:
-        """Follow one engine through its epochs, to the end of the rollout."""
-        while not self._stopped.done():
-            if not self._core.instances[name].up:
-                await self._attach(name)
-            reason = await self._follow(name)
-            self.post(EngineDown(engine=name, reason=reason))
-
-    async def _attach(self, name: str) -> None:
-        engine = self._config.engine
-        while True:
-            with contextlib.suppress(EngineError):
-                info = await self._clients[name].attach(
-                    timeout_s=engine.probe_timeout_s, trial_timeout_s=TRIAL_TIMEOUT_S
-                )
-                if self._accepts(name, info) is None:
-                    self.post(EngineUp(engine=name, info=info))
-                    return
-            await asyncio.sleep(_RETRY_ATTACH_S)
-
-    async def _follow(self, name: str) -> str:
-        """Read telemetry until the engine is gone; returns why it is thought to be."""
-        engine = self._config.engine
-        suspect = self._suspects[name]
-        silent = 0
-        while True:
-            suspect.clear()
-            try:
-                stats = await self._clients[name].stats(timeout_s=engine.probe_timeout_s)
-            except EngineError as error:
-                silent += 1
-                if silent >= engine.silent_after or error.kind is FailureKind.CONNECTION:
-                    return str(error)
-            else:
-                silent = 0
-                info = self._clients[name].info
-                if info is None or stats.boot != info.boot:
-                    return "the engine was restarted"
-                self.post(EngineReport(engine=name, stats=stats))
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(engine.telemetry_s):  # wait_for may lose a cancellation before Python 3.12
-                    await suspect.wait()
 
     # Observation
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from seer_async.events import Event
-    from seer_async.shell import Tracer
+    from seer_async.sink import Tracer
     from seer_async.snapshot import Snapshot
 
 START = 1_790_000_000.0

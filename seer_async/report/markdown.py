@@ -39,7 +39,7 @@ def _run(report: Report) -> Iterator[str]:
     subject, estimates = report.subject, report.estimates
     yield ""
     yield (
-        f"**{_safe(subject.name)}**: {_safe(subject.status)}, {'on' if subject.on_policy else 'off'}-policy; "
+        f"**{_safe(subject.name)}**: {_safe(subject.status)}, {_safe(subject.fidelity)}; "
         + _safe(
             f"{count(subject.groups)} groups of {subject.n} from {subject.dataset}, policy {subject.policy}, "
             f"{', '.join(subject.models) or 'model not recorded'}, {moment(subject.started)}"

@@ -121,11 +121,8 @@ def _badges(report: Report) -> Element:
     return element(
         "p",
         element("span", subject.status, class_=f"badge {'good' if ended else 'bad'}"),
-        element(
-            "span", "on-policy" if subject.on_policy else "off-policy",
-            class_=f"badge {'good' if subject.on_policy else 'bad'}",
-        ),
-    )  # fmt: skip
+        element("span", subject.fidelity, class_=f"badge {'good' if subject.on_policy else 'bad'}"),
+    )
 
 
 def _description(subject: Subject) -> Element:

@@ -17,6 +17,7 @@ from seer_async.report.estimates import Estimates, estimates
 from seer_async.report.figures import Figures, figures
 from seer_async.report.lengths import Lengths, lengths
 from seer_async.report.timeline import Timeline, timeline
+from seer_async.report.words import count
 
 if TYPE_CHECKING:
     from seer_async.report.run import Run
@@ -36,7 +37,7 @@ _USER_INFO = re.compile(r"//[^/@\s]*@")  # of a URL; it may hold a password
 class Subject(msgspec.Struct, frozen=True, kw_only=True):
     """What was run. `settings` are config keys that differ from the defaults, and those that every reader asks for.
 
-    `engines` are (name, URL, what it is); `started` is in Unix seconds.
+    `engines` are (name, URL, what it is); `started` is in Unix seconds. `why_off_policy` is empty where `on_policy`.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
     path: str
     status: str
     on_policy: bool
+    why_off_policy: str
     dataset: str
     groups: int
     n: int
@@ -56,6 +58,13 @@ class Subject(msgspec.Struct, frozen=True, kw_only=True):
     version: str
     settings: dict[str, str]
     problems: list[str]
+
+    @property
+    def fidelity(self) -> str:
+        """Whether the samples are fair ones of one policy, and why not."""
+        if self.on_policy:
+            return "on-policy"
+        return f"off-policy: {self.why_off_policy}" if self.why_off_policy else "off-policy"
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,16 +104,19 @@ def report_on(run: Run, name: str = "") -> Report:
 
 def _subject(run: Run, name: str, numbers: Figures) -> Subject:
     info = run.info
+    policy = str(run.setting("scheduler", "policy") or "unknown")
+    on_policy = info.on_policy and not numbers.off_policy
     return Subject(
         name=name,
         run=info.run,
         path=run.path,
         status=_STATUS.get(info.status, info.status),
-        on_policy=info.on_policy and not numbers.off_policy,
+        on_policy=on_policy,
+        why_off_policy="" if on_policy else _why_off_policy(run, numbers, policy),
         dataset=info.dataset,
         groups=info.groups,
         n=int(run.setting("rollout", "n") or 0),
-        policy=str(run.setting("scheduler", "policy") or "unknown"),
+        policy=policy,
         models=sorted({str(engine.get("model", "unknown")) for engine in run.engine_infos}),
         engines=[_engine(entry) for entry in info.engines],
         started=info.started,
@@ -114,6 +126,19 @@ def _subject(run: Run, name: str, numbers: Figures) -> Subject:
         settings=_settings(info.config),
         problems=run.problems,
     )
+
+
+def _why_off_policy(run: Run, numbers: Figures, policy: str) -> str:
+    versions = [{chunk.weight_version for chunk in response.chunks} for response in run.responses]
+    mixed = sum(len(of) > 1 for of in versions)
+    reasons = []
+    if mixed:
+        reasons.append(f"{count(mixed)} {'response mixes' if mixed == 1 else 'responses mix'} weight versions")
+    elif (different := len(set[str]().union(*versions))) > 1:
+        reasons.append(f"responses are of {different} weight versions")
+    if numbers.off_policy > mixed:
+        reasons.append(f"policy {policy} chose which responses end")
+    return ", ".join(reasons)
 
 
 def _engine(entry: dict[str, Any]) -> tuple[str, str, str]:

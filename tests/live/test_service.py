@@ -15,7 +15,8 @@ from seer_async.config import resolve
 from seer_async.errors import BusyError, RefusedError
 from seer_async.options import GroupOptions
 from seer_async.sampling import Sampling
-from seer_async.service import Service, Work
+from seer_async.service import Service
+from seer_async.tickets import Work
 from seer_servers.mock import LanguageModel, reference_response
 from tests.live.engines import MockProcess, mock_engines
 

@@ -133,6 +133,29 @@ def test_hardly_anything(tmp_path: Path, samples: list[dict[str, object]], metri
     assert markdown_page([report])
 
 
+MIXED = [chunk(0, 5, "a", 0, 1), chunk(1, 5, "a", 1, 2, weight_version="w")]
+
+
+@pytest.mark.parametrize(
+    ("samples", "on_policy", "said"),
+    [
+        ([sample("g/0", [chunk(0, 5, "a", 0, 1)])], True, "on-policy"),
+        ([sample("g/0", MIXED, on_policy=False)], False, "off-policy: 1 response mixes weight versions"),
+        (
+            [sample("g/0", [chunk(0, 5, "a", 0, 1)]), sample("g/1", [chunk(0, 5, "a", 0, 1, weight_version="w")])],
+            False,
+            "off-policy: responses are of 2 weight versions",
+        ),
+        ([sample("g/0", MIXED[:1], on_policy=False)], False, "off-policy: policy seer chose which responses end"),
+    ],
+)
+def test_why_off_policy(tmp_path: Path, samples: list[dict[str, object]], on_policy: bool, said: str) -> None:
+    report = report_on(read_run(folder(tmp_path / "r", samples, on_policy=on_policy)))
+    assert report.subject.fidelity == said
+    assert f">{said}<" in html_page([report])
+    assert said.replace(":", "\\:") in markdown_page([report])
+
+
 def test_torn_and_damaged_lines_are_named(tmp_path: Path) -> None:
     path = two_groups(tmp_path / "r")
     text = (path / "samples.jsonl").read_bytes()

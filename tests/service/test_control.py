@@ -18,7 +18,8 @@ from seer_async.config import resolve
 from seer_async.errors import EngineError, FailureKind, FleetError
 from seer_async.options import GroupOptions
 from seer_async.sampling import Sampling
-from seer_async.service import Service, Ticket, Work
+from seer_async.service import Service
+from seer_async.tickets import Ticket, Work
 from seer_async.types import Prompt
 from seer_servers.fleet import free_ports
 from seer_servers.mock import LanguageModel, reference_response

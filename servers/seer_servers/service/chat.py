@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from aiohttp import web
 
-    from seer_async.service import Work
+    from seer_async.tickets import Work
     from seer_servers.service.intake import Intake
 
 

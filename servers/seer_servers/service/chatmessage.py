@@ -13,7 +13,7 @@ from seer_servers.service.steps import Telling
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from seer_async.service import Work
+    from seer_async.tickets import Work
     from seer_async.types import Sample
     from seer_servers.service.bodies import ChatBody
     from seer_servers.service.intake import Intake

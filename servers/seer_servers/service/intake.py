@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 
 from seer_async.core import NO_ENGINE
-from seer_async.service import Work
+from seer_async.tickets import Work
 from seer_servers.service.errors import ApiError, bad_request
 from seer_servers.service.params import asked, refuse
 
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     from aiohttp import web
 
-    from seer_async.service import Service, Ticket
+    from seer_async.service import Service
+    from seer_async.tickets import Ticket
     from seer_async.types import Sample
     from seer_servers.service.relay import Relay
 

@@ -17,13 +17,14 @@ import msgspec
 from seer_async.api import CANCELLED, DONE, FAILED
 from seer_async.errors import SeerError
 from seer_async.sampling import response_seed
-from seer_async.service import Work
+from seer_async.tickets import Work
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from seer_async.options import GroupOptions
-    from seer_async.service import Service, Ticket
+    from seer_async.service import Service
+    from seer_async.tickets import Ticket
     from seer_async.types import Prompt, Sample
     from seer_servers.service.jobspool import Spool
     from seer_servers.service.jobstore import Store

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from seer_async.sampling import Sampling
-    from seer_async.service import Piece, Ticket
+    from seer_async.tickets import Piece, Ticket
 
 
 class Step(msgspec.Struct):
