@@ -18,8 +18,8 @@ from tokenizers import Tokenizer
 from seer_async.address import require_distinct
 from seer_async.engine import EngineClient, engine_session
 from seer_async.errors import DatasetError, EngineError, FailureKind, FleetError, UsageError
-from seer_async.policies import find_policy
 from seer_async.monitor import TRIAL_TIMEOUT_S
+from seer_async.policies import find_policy
 from seer_async.text import load_tokenizer
 from seer_async.types import UNKNOWN_VERSION
 

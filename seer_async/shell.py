@@ -8,7 +8,6 @@ posted at most once, and not at all after it was cancelled.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from typing import TYPE_CHECKING
 
