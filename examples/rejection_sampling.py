@@ -1,7 +1,7 @@
 """Rejection sampling with `seer serve`: keep the right answers, and ask again where there was none.
 
     seer serve --engines 2            # in another terminal; or any running service
-    python examples/rejection_sampling.py --url http://127.0.0.1:8000 --out accepted.jsonl
+    python examples/rejection_sampling.py --url http://127.0.0.1:8100 --out accepted.jsonl
 
 Each round samples n responses to every question that has no right answer yet. As soon as one of a question's responses
 is right the question is settled, and when all are, the rest of the round is cancelled: the fleet is free at once. What
@@ -59,7 +59,7 @@ def accepted(rollout: Rollout, wanted: int) -> Iterator[Sample]:
 def main() -> None:
     """Sample rounds until every question is settled."""
     parser = argparse.ArgumentParser(description="Rejection sampling with seer serve")
-    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--url", default="http://127.0.0.1:8100")
     parser.add_argument("--out", type=Path, default=Path("accepted.jsonl"))
     parser.add_argument("--questions", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=4)

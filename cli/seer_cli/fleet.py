@@ -82,8 +82,8 @@ def up(
     draft: Annotated[
         str | None,
         typer.Option(
-            help="How the engines draft: grouped (from the siblings of a response), suffix or ngram (vLLM's own), "
-            "none, or auto (none). [default: auto]",
+            help="How the engines draft: grouped (from the siblings of a response), suffix (vLLM's own; needs "
+            "arctic-inference) or ngram (vLLM's own), none, or auto (none). [default: auto]",
             show_default=False,
         ),
     ] = None,

@@ -124,8 +124,8 @@ def rollout(
     draft: Annotated[
         str | None,
         typer.Option(
-            help="How local engines draft: grouped (from the siblings of a response), suffix or ngram (vLLM's own), "
-            "none, or auto (none). It changes no sample. [default: auto]",
+            help="How local engines draft: grouped (from the siblings of a response), suffix (vLLM's own; needs "
+            "arctic-inference) or ngram (vLLM's own), none, or auto (none). It changes no sample. [default: auto]",
             rich_help_panel=_FLEET,
             show_default=False,
         ),

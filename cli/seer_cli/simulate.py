@@ -96,7 +96,11 @@ def simulate(
     ] = None,
     study_name: Annotated[
         str | None,
-        typer.Option("--study", help=f"A measurement of the paper's, again: {', '.join(STUDIES)}.", show_default=False),
+        typer.Option(
+            "--study",
+            help=f"A measurement of the paper's, again, or one of ours: {', '.join(STUDIES)}.",
+            show_default=False,
+        ),
     ] = None,
     engine: Annotated[
         str | None,

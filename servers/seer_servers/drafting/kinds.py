@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from typing import Any
 
 from seer_async.errors import ConfigError
 
-GROUPED = "grouped"
+GROUPED, SUFFIX = "grouped", "suffix"
 
 _CONFIGS: dict[str, dict[str, Any] | None] = {
     "none": None,
     GROUPED: {"method": "custom_class", "model": "seer_servers.plugin.drafter.GroupedDrafter"},
     # vLLM's own, to compare with: a suffix tree of each server (it needs arctic-inference), and a request's own past.
-    "suffix": {"method": "suffix"},
+    SUFFIX: {"method": "suffix"},
     "ngram": {"method": "ngram", "prompt_lookup_min": 2, "prompt_lookup_max": 5},
 }
 KINDS = tuple(_CONFIGS)
@@ -32,10 +33,12 @@ def draft_options(kind: str, tokens: int, *, gpu: bool) -> dict[str, str]:
     """Return vLLM's options for drafts of at most `tokens`, on a GPU or a CPU; none to draft nothing.
 
     Raises:
-        ConfigError: There is no such kind.
+        ConfigError: There is no such kind, or it needs a package that is not there.
     """
     if kind not in _CONFIGS:
         raise ConfigError(f"fleet.draft must be auto or one of {', '.join(KINDS)}, not {kind!r}")
+    if kind == SUFFIX and importlib.util.find_spec("arctic_inference") is None:
+        raise ConfigError("drafts of the kind suffix need the package arctic-inference, which is not installed")
     config = _CONFIGS[kind]
     if config is None:
         return {}
