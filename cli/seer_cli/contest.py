@@ -8,6 +8,7 @@ contenders can be interleaved.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import statistics
 import time
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from seer_async.config import resolve
+from seer_async.errors import FleetError
 from seer_async.fleet import open_fleet
 from seer_async.policies import find_policy
 from seer_async.rollout import Rollout
@@ -25,7 +27,7 @@ from seer_async.types import Prompt
 from seer_async.wire import CallSpec
 from seer_async.workload import Outcome, judged, outcome
 from seer_cli.rollout import engine_urls
-from seer_cli.router import require_router, routed
+from seer_cli.router import require_router, routed, router
 from seer_cli.watch import Watch
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 ROUTER = "vllm-router"
 NO_DRAFTS = "none"
 _SOLO_TOKENS, _SOLO_TURNS = 64, 3
+_WARM_CALLS, _WARM_TOKENS = 32, 32
 _CALL_S = 600.0
 _OVER_ISSUE = 2.0  # `Work.spare`
 
@@ -172,22 +175,22 @@ class Contest:
                 urls = await stack.enter_async_context(engine_urls(config, folder, self._display))
                 fleets[kind] = await stack.enter_async_context(open_fleet(config, urls))
                 await fleets[kind].attach()
+                await _warm_up(fleets[kind])
             yield fleets
 
     async def _one(self, entry: Entry, number: int, fleet: Fleet, work: Work) -> Run:
         path = self._scratch / f"{number}-{entry.name.replace(':', '-')}"
         watch = Watch(fleet.clients)
-        started = time.time()
         if entry.router:
-            async with watch:
+            urls = [client.url for client in fleet.clients.values()]
+            async with router(urls, entry.router, path.with_suffix(".log")) as url, watch:
                 started = time.time()
-                urls = [client.url for client in fleet.clients.values()]
-                log = path.with_suffix(".log")
-                ends = await routed(urls, entry.router, log, fleet.info.model, work)
+                ends = await routed(url, fleet.info.model, work)
             judgement = judged([end - started for end in ends], sum(work.needed.values()))
             migrations = failed = 0
             prompts = sum(len(prompt.token_ids or ()) for prompt in work.prompts)
         else:
+            started = time.time()
             migrations, failed = await self._roll(entry, path, fleet, work, watch)
             judgement = outcome(path / "samples.jsonl", started)
             prompts = _begun(path / "samples.jsonl")
@@ -209,7 +212,11 @@ class Contest:
         )
 
     async def _roll(self, entry: Entry, path: Path, fleet: Fleet, work: Work, watch: Watch) -> tuple[int, int]:
-        """Sample through our own core; returns moves and failed samples."""
+        """Sample through our own core; returns moves and failed samples.
+
+        Raises:
+            FleetError: The run ended before its work did.
+        """
         prompts = work.prompts + work.spare if entry.stops_early else work.prompts
         table = path.with_name(f"{path.name}.lengths.jsonl")
         table.write_bytes(
@@ -224,6 +231,8 @@ class Contest:
                 result = await Rollout(folder, fleet, None).run()
         finally:
             folder.close()
+        if result.reason != "done":
+            raise FleetError(f"{entry.name} did not finish its work ({result.reason}): there is nothing to compare")
         return result.snapshot.migrations, result.snapshot.failed
 
 
@@ -266,6 +275,17 @@ def _bound(runs: Sequence[Run], entries: Sequence[Entry], work: Work, solo_step_
 async def _tokenised(fleet: Fleet, work: Work) -> Work:
     prompts, count = await fleet.tokenise(work.prompts + work.spare), len(work.prompts)
     return msgspec.structs.replace(work, prompts=prompts[:count], spare=prompts[count:])
+
+
+async def _warm_up(fleet: Fleet) -> None:
+    """Let every engine meet a full batch before anything is timed: the first of all contenders would pay for it."""
+    await asyncio.gather(
+        *(
+            fleet.clients[name].generate(_alone(info, f"warm-{number}", _WARM_TOKENS), info, timeout_s=_CALL_S)
+            for name, info in fleet.attached.items()
+            for number in range(_WARM_CALLS)
+        )
+    )
 
 
 async def _solo_step(fleet: Fleet) -> float:

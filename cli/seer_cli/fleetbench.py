@@ -225,7 +225,9 @@ def _table(result: Result, entries: Sequence[Entry]) -> Table:
     for entry in entries:
         oracle = rival(entry, entries)
         oracles = by_name[oracle.name] if oracle else []
-        table.add_row(entry.name, *_cells(by_name[entry.name], base, oracles, entry, result))
+        failed = sum(run.failed for run in by_name[entry.name])
+        name = f"{entry.name} ({failed} failed)" if failed else entry.name
+        table.add_row(name, *_cells(by_name[entry.name], base, oracles, entry, result))
     return table
 
 

@@ -39,14 +39,14 @@ def require_router() -> None:
         raise UsageError("vllm-router is not installed here: pip install vllm-router, or leave out its contenders")
 
 
-async def routed(urls: Sequence[str], policy: str, log: Path, model: str, work: Work) -> list[float]:
-    """Sample every response through a router of that policy; returns when each finished, Unix seconds.
+async def routed(url: str, model: str, work: Work) -> list[float]:
+    """Sample every response through the router at `url`; returns when each finished, Unix seconds.
 
     Raises:
-        FleetError: The router does not start, or answers a call with an error.
+        FleetError: The router answers a call with an error.
     """
     salt = uuid.uuid4().hex
-    async with router(urls, policy, log) as url, engine_session() as session:
+    async with engine_session() as session:
         calls = [
             _call(session, url, model, prompt, work.lengths[f"{prompt.id}/{index}"], salt=salt)
             for index in range(work.n)
@@ -82,7 +82,11 @@ async def _call(
 
 @contextlib.asynccontextmanager
 async def router(urls: Sequence[str], policy: str, log: Path) -> AsyncIterator[str]:
-    """Run a router in front of engines, with its output in `log`: its URL."""
+    """Run a router in front of engines, with its output in `log`: its URL, when it answers.
+
+    Raises:
+        FleetError: It does not start.
+    """
     port, metrics = free_ports(2)
     options = ["--worker-urls", *urls, "--policy", policy, "--host", "127.0.0.1", "--port", str(port)]
     options += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics)]

@@ -102,3 +102,20 @@ def test_a_full_pool_refuses_and_counts(store: Store, memory: Memory) -> None:
     side.close()
     counters = ledger.engine("engine")
     assert (counters["saves"], counters["refused"]) == (2, 2)
+
+
+def test_a_cache_without_memory_for_a_copy_costs_the_engine_nothing(
+    store: Store, memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    side, ledger = worker(store, memory)
+
+    def gather(_: Sequence[int]) -> Memory:
+        raise MemoryError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "gather", gather)
+        saved(side, range(4))
+    saved(side, range(4, 6))
+    side.close()
+    assert ledger.engine("engine")["refused"] == 4
+    assert ledger.engine("engine")["saves"] == 2

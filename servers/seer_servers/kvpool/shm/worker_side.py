@@ -94,11 +94,16 @@ class WorkerSide:
         if len(missing) > (room := self._room()):
             self._refuse(Written.FULL, len(missing) - room)
             missing = missing[:room]
-        if missing:
+        if not missing:
+            return
+        try:
             staged = self._cache.gather([place for place, _, _ in missing])
-            with self._lock:
-                self._leaving += len(missing) * self._cache.block_bytes
-            _run(self._saver, self._write, staged, [(block, salt) for _, block, salt in missing], started)
+        except Exception:  # an engine may have no memory left for it
+            self._refuse(Written.FAILED, len(missing), exc_info=True)
+            return
+        with self._lock:
+            self._leaving += len(missing) * self._cache.block_bytes
+        _run(self._saver, self._write, staged, [(block, salt) for _, block, salt in missing], started)
 
     def take_results(self) -> tuple[set[str], set[int]]:
         """Requests whose loads have ended since the last call, and places of the cache that could not be filled."""
@@ -170,11 +175,15 @@ class WorkerSide:
         elif written is not Written.PRESENT:
             self._refuse(written, 1)
 
-    def _refuse(self, why: Written, blocks: int) -> None:
+    def _refuse(self, why: Written, blocks: int, *, exc_info: bool = False) -> None:
         self._row.add(Field.REFUSED, blocks)
         if why not in self._warned:
             self._warned.add(why)
-            logger.warning("The KV pool does not take blocks now (%s); requests that move are computed again.", why)
+            logger.warning(
+                "The KV pool does not take blocks now (%s); requests that move are computed again.",
+                why,
+                exc_info=exc_info,
+            )
 
 
 def _clear(parts: Sequence[memoryview]) -> None:
