@@ -74,8 +74,8 @@ def fleet(
         typer.Option(
             "--contender",
             "-c",
-            help="POLICY[+pool][+grouped|+suffix] (suffix needs arctic-inference), or vllm-router:POLICY (needs that package) for one call a response; "
-            "repeatable, ratios are to the first. foresight wants +pool: it leaves started work for longer work. "
+            help="POLICY[+pool][+grouped|+suffix] (suffix needs arctic-inference), or vllm-router:POLICY (needs that "
+            "package) for one call a response; repeatable, ratios are to the first. foresight wants +pool: it leaves started work for longer work. "
             f"`all` is {len(_ALL)} of them. [default: {', '.join(_DEFAULT)}]",
             show_default=False,
         ),

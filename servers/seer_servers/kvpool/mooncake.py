@@ -293,6 +293,7 @@ def check_installed() -> None:
     if "ModuleNotFoundError" in said:
         raise FleetError(
             "the package mooncake-transfer-engine-non-cuda (with GPUs: mooncake-transfer-engine-cuda13) is not "
-            "installed: run `pip install '.[mooncake]'` in Seer's folder (with GPUs: '.[mooncake-gpu]'); or use --kv-pool shm"
+            "installed: run `pip install '.[mooncake]'` in Seer's folder (with GPUs: '.[mooncake-gpu]'); or use "
+            "--kv-pool shm"
         )
     raise FleetError(f"Mooncake cannot be loaded ({said}): reinstall it, or use --kv-pool shm")

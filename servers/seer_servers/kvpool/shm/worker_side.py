@@ -98,7 +98,7 @@ class WorkerSide:
             return
         try:
             staged = self._cache.gather([place for place, _, _ in missing])
-        except Exception:  # an engine may have no memory left for it
+        except Exception:  # noqa: BLE001 - an engine may have no memory left for it, in its back end's own words
             self._refuse(Written.FAILED, len(missing), exc_info=True)
             return
         with self._lock:
