@@ -75,7 +75,8 @@ def fleet(
             "--contender",
             "-c",
             help="POLICY[+pool][+grouped|+suffix] (suffix needs arctic-inference), or vllm-router:POLICY (needs that "
-            "package) for one call a response; repeatable, ratios are to the first. foresight wants +pool: it leaves started work for longer work. "
+            "package) for one call a response; repeatable, ratios are to the first. foresight wants +pool: it leaves "
+            "started work for longer work. "
             f"`all` is {len(_ALL)} of them. [default: {', '.join(_DEFAULT)}]",
             show_default=False,
         ),
