@@ -258,13 +258,19 @@ class TestProcess:
             asyncio.run(main())
         """
         command = [sys.executable, "-c", textwrap.dedent(owner_code)]
-        owner = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL)
+        env = os.environ | {"TMPDIR": str(tmp_path)}
+        quiet = subprocess.DEVNULL
+        owner = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, stderr=quiet, env=env)
         assert owner.stdout
         group = int(owner.stdout.readline())
         wait_until(lambda: len(members(group)) == 3)
+        (sockets,) = tmp_path.glob("seer-*")
+        assert any(p.environ().get("VLLM_RPC_BASE_PATH") == str(sockets) for p in members(group))
+        (sockets / "left behind").touch()
         owner.send_signal(how)
         owner.wait(20)
         wait_until(lambda: not members(group))
+        assert not sockets.exists()
 
     async def test_last_words_are_the_errors_without_control_characters(self, tmp_path: Path) -> None:
         code = r"print('up\n\x1b[31mRuntimeError: no \x07memory\x1b[0m\nINFO cleaning up'); raise SystemExit(1)"

@@ -3,7 +3,8 @@
 Invariants: the child leads no life of its own. Between owner and child stands a guard (this file, run as a program)
 whose standard input is a pipe that only the owner holds open, so the pipe ends with the owner however the owner ends,
 SIGKILL included. Then, and when the child exits or the guard is told to end, the child is asked to end and the whole
-process group (guard, child, descendants) is killed. Nobody needs the owner's help to die.
+process group (guard, child, descendants) is killed. Nobody needs the owner's help to die. Socket files of vLLM lie in
+a folder that goes with the guard.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 GRACE_S = 10.0  # from asking to killing; a vLLM server at rest ends in 1 to 3 s
+SOCKETS_ENV = "VLLM_RPC_BASE_PATH"  # where vLLM makes its sockets' files, which it does not remove
 POLL_S = 0.5  # how long a guard may overlook that its child has exited
 TAIL_BYTES = 64 * 1024
 _UNPRINTABLE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[^\x20-\x7e\t]")
@@ -97,8 +100,16 @@ class Process:
 def guard(command: Sequence[str]) -> None:
     """Run `command` until it exits, standard input ends or the owner is gone; then kill the process group, us too."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    try:
+        with tempfile.TemporaryDirectory(prefix="seer-", ignore_cleanup_errors=True) as sockets:
+            _watch(command, {SOCKETS_ENV: sockets} | os.environ)
+    finally:
+        os.killpg(0, signal.SIGKILL)
+
+
+def _watch(command: Sequence[str], env: Mapping[str, str]) -> None:
     owner = os.getppid()
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL)  # noqa: S603 - our owner's words, no shell
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=env)  # noqa: S603 - our owner's words, no shell
     try:
         # The pipe tells at once; the parent's id also tells when somebody else has inherited the pipe's other end.
         while child.poll() is None and os.getppid() == owner and not select.select([0], [], [], POLL_S)[0]:
@@ -109,7 +120,6 @@ def guard(command: Sequence[str]) -> None:
         child.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(GRACE_S)
-        os.killpg(0, signal.SIGKILL)
 
 
 if __name__ == "__main__":
