@@ -21,7 +21,6 @@ from seer_servers.drafting.tokenlog import MAX_TOKENS, Outcome, TokenLogs
 from seer_servers.drafting.wire import (
     BATCH_TOKENS,
     MAX_COUNT,
-    MAX_NAME,
     MAX_TTL_S,
     TOKEN_BYTES,
     Counts,
@@ -33,6 +32,7 @@ from seer_servers.drafting.wire import (
     Reply,
     Request,
     Update,
+    is_name,
     pack,
 )
 
@@ -78,7 +78,7 @@ class Replica:
 
     def register(self, group: str, ttl_s: float) -> None:
         """Keep a group here and on the server for `ttl_s` seconds after its last use."""
-        if not _is_name(group) or not 0 < ttl_s <= MAX_TTL_S:
+        if not is_name(group) or not 0 < ttl_s <= MAX_TTL_S:
             self.invalid += 1
             return
         self.logs.register(group, ttl_s)
@@ -93,7 +93,7 @@ class Replica:
             start, data = index(position), pack(tokens)
         except (struct.error, TypeError):
             start, data = 0, b""
-        if not data or not 0 <= start <= MAX_COUNT or not _is_name(group) or not _is_name(request):
+        if not data or not 0 <= start <= MAX_COUNT or not is_name(group) or not is_name(request):
             self.invalid += 1
             return
         outcome = self.logs.append(group, request, start, data)
@@ -223,8 +223,3 @@ class Replica:
         tokens = np.frombuffer(data, "<i4")[have - position :].astype(np.int32)
         self.fetched_tokens += len(tokens)
         return Increment(group, request, have, tokens)
-
-
-def _is_name(name: object) -> bool:
-    """Whether a name can travel; unprintable ones may not even be UTF-8."""
-    return isinstance(name, str) and 0 < len(name) <= MAX_NAME and name.isprintable()

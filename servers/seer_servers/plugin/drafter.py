@@ -26,7 +26,7 @@ from seer_servers.drafting.address import ADDRESS_ENV
 from seer_servers.drafting.client import DraftClient
 from seer_servers.plugin.draft_stats import DraftStats
 from seer_servers.plugin.kinship import kinship_of
-from seer_servers.plugin.marker import SEER_PROMPT_LEN
+from seer_servers.plugin.marker import original_prompt_len
 
 logger = init_logger("vllm.seer")
 
@@ -40,14 +40,15 @@ PROFILE_ROUNDS = 3
 
 
 class Row:
-    """One request while it runs here."""
+    """One request while it runs here. One whose prompt is of embeddings takes no part: its text is not known."""
 
     def __init__(self, request_id: str, state: Any) -> None:
         params = state.sampling_params
-        extra = params.extra_args or {}
-        prompt: list[int] = state.prompt_token_ids
-        self.prompt_len = min(int(extra.get(SEER_PROMPT_LEN, len(prompt))), len(prompt))
-        self.group, self.request, self.weight = kinship_of(request_id, prompt[: self.prompt_len], extra)
+        prompt: list[int] = state.prompt_token_ids or []
+        self.takes_part = bool(prompt)
+        self.prompt_len = original_prompt_len(params, prompt) or len(prompt)
+        kinship = kinship_of(request_id, prompt[: self.prompt_len], params.extra_args or {})
+        self.group, self.request, self.weight = kinship
         self.longest = len(prompt) + (params.max_tokens or 1 << 60)
         self.shortest = len(prompt) + params.min_tokens
         self.stops: set[int] = set() if params.ignore_eos else set(params.all_stop_token_ids)
@@ -165,6 +166,8 @@ class GroupedDrafter:
         if row is None:
             state = self._runner.requests[request_id]
             row = self._rows[request_id] = Row(request_id, state)
+            if not row.takes_part:
+                return row
             row.known = self.groups.length(row.group, row.request)  # of earlier chunks
             self.groups.add(row.group, "prompt", 0, state.prompt_token_ids[: row.prompt_len])
             if self.client:
@@ -193,7 +196,7 @@ class GroupedDrafter:
     def _take_in(self, batch: list[Decoding], sampled: list[list[int]], tokens: NDArray[np.int32]) -> None:
         drafted: dict[str, list[int]] = self._scheduled.scheduled_spec_decode_tokens
         ids: list[str] = self._runner.input_batch.req_ids
-        for place, row, length in batch:
+        for place, row, length in (one for one in batch if one.row.takes_part):
             self._judge(row, len(drafted.get(ids[place], ())), len(sampled[place]) - 1)
             new = _until_stop(tokens[place, row.prompt_len + row.known : length], row.stops)
             self.groups.add(row.group, row.request, row.known, new)
@@ -225,7 +228,7 @@ class GroupedDrafter:
     def _propose(self, decoding: Decoding, tokens: NDArray[np.int32]) -> Path | None:
         place, row, length = decoding
         room = row.room(length, self._model_len)
-        if not room:
+        if not room or not row.takes_part:
             return None
         tail = tokens[place, max(0, length - self.lookup.pattern_lookup_max) : length]
         path = self.groups.propose(row.group, tail, self.lookup)

@@ -7,9 +7,8 @@ them in the request's extra arguments, so that requests without metadata are gro
 import copy
 from typing import Any
 
+from seer_servers.plugin.kinship import SALT
 from seer_servers.plugin.patching import Function, Patch
-
-SALT = "seer_salt"
 
 PROPOSE = (
     "self",
@@ -101,7 +100,7 @@ def _around_request(from_request: Any) -> Any:
         data = from_request(request, *args, **kwargs)
         if data.sampling_params is not None and request.cache_salt:
             data.sampling_params = copy.copy(data.sampling_params)
-            data.sampling_params.extra_args = {SALT: request.cache_salt} | (data.sampling_params.extra_args or {})
+            data.sampling_params.extra_args = (data.sampling_params.extra_args or {}) | {SALT: request.cache_salt}
         return data
 
     return _from_request
