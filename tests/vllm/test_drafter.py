@@ -11,6 +11,7 @@ pytest.importorskip("vllm", reason="the drafter is vLLM's to call")
 
 import numpy as np
 
+from seer_servers.drafting.client import Increment
 from seer_servers.plugin.drafter import TAKE_IN_EVERY, GroupedDrafter
 from seer_servers.plugin.kinship import kinship_of
 
@@ -114,3 +115,19 @@ def test_what_is_no_name_counts_as_not_said(name: Any) -> None:
     said = {"seer_group": name, "seer_request": name, "seer_salt": nested(900), "seer_priority": ["high"]}
     assert kinship_of("id", PROMPT, said) == kinship_of("id", PROMPT, {})
     assert kinship_of("id", PROMPT, {"seer_salt": "s"}).group != kinship_of("id", PROMPT, {}).group
+
+
+@pytest.mark.parametrize("tokens", [[-1, 5], [5, 32]])
+def test_tokens_beyond_the_vocabulary_are_left(monkeypatch: pytest.MonkeyPatch, tokens: list[int]) -> None:
+    """The model is run on drafts: a negative one would end the engine."""
+    engine = Engine(monkeypatch)
+    news = [
+        Increment("g", "bad", 0, np.array(tokens, dtype=np.int32)),
+        Increment("g", "good", 0, np.array([31, 0], dtype=np.int32)),
+    ]
+    nothing: Any = lambda *_: None  # noqa: E731 - a client that only brings news
+    client = SimpleNamespace(register_group=nothing, update=nothing, fetched=lambda: news)
+    monkeypatch.setattr(engine.drafter, "client", client)
+    engine.step([5], [])
+    assert engine.drafter.groups.length("g", "bad") == 0
+    assert engine.drafter.groups.length("g", "good") == 2

@@ -61,6 +61,7 @@ class Replica:
         self.logs = TokenLogs(max_tokens, clock)
         self.invalid = 0  # additions with impossible names, positions or tokens
         self.gaps = 0  # additions that began behind what is known
+        self.malformed = 0  # increments from the server that are no tokens
         self.boots = 0  # lives of the server that were met
         self.sent_tokens = 0
         self.fetched_tokens = 0
@@ -214,6 +215,9 @@ class Replica:
         return [increment for increment in news if increment is not None]
 
     def _added(self, group: str, request: str, position: int, data: bytes) -> Increment | None:
+        if len(data) % TOKEN_BYTES:
+            self.malformed += 1
+            return None
         have = self.logs.length(group, request)
         outcome = self.logs.append(group, request, position, data)
         if outcome is Outcome.FULL:
