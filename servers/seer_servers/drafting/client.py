@@ -1,8 +1,9 @@
 """A process's line to the draft server: hand over tokens and groups, take what others have added, never wait.
 
 Everything that takes time happens in one daemon thread, which owns the socket and a `Replica`. Invariants: no call here
-blocks or raises, whether the server is there, away, new or talks nonsense; the thread goes on whatever happens; queues are bounded, and what they cannot hold is counted; a
-process that was forked or spawned gets a thread and a replica of its own, with its first call.
+blocks or raises, whether the server is there, away or new; the thread goes on, whatever a server sends; queues are
+bounded, and what they cannot hold is counted; a process that was forked or spawned gets a thread and a replica of its
+own, with its first call.
 """
 
 from __future__ import annotations
@@ -99,8 +100,8 @@ class DraftClient:
 
         `sync_connected` is 1 while the server answers; `sync_boots` the lives of the server that were met;
         `sync_dropped` additions that found the queue full, `sync_invalid` that made no sense, `sync_gaps` that began
-        behind what is known; `sync_malformed` increments of the server's that are no tokens; `sync_refused` tokens without
-        room in this process; `sync_failures` rounds of the thread that ended in an error; `sync_cpu_s` its CPU time.
+        behind what is known; `sync_malformed` what the server sent that are no tokens; `sync_failures` errors of the
+        thread; `sync_refused` tokens without room in this process; `sync_cpu_s` the thread's CPU time.
         """
         link, replica = self._link, self._replica
         return {
@@ -145,8 +146,10 @@ class DraftClient:
             while not self._ended.wait(self._batch_s):
                 try:
                     self._round(pace)
-                except Exception:  # whatever a peer has done, the next server is to find this client
-                    self._failed()
+                except Exception:
+                    self._failures += 1
+                    if self._failures == 1:  # the same may come again with every round
+                        logger.exception("Seer drafting: an exchange with the draft server failed; it is tried again.")
                 if time.monotonic() - swept > SWEEP_S:
                     self._replica.expire()
                     swept = time.monotonic()
@@ -157,12 +160,6 @@ class DraftClient:
             self._replica.ask(fetch=self._wants)
         taken, news = self._take(), self._exchange()
         pace.flows = taken or news
-
-    def _failed(self) -> None:
-        """Count an error and show the first one: the same may come again with every round."""
-        self._failures += 1
-        if self._failures == 1:
-            logger.exception("Seer drafting: an exchange with the draft server failed; it is tried again.")
 
     def _take(self) -> bool:
         """Move what was handed over into the replica; whether there was anything."""

@@ -204,7 +204,8 @@ class GroupedDrafter:
                 self.client.update(row.group, row.request, row.known, new.tolist())
             row.known = max(row.known, length - row.prompt_len)
         for other in self.client.fetched() if self.client else ():
-            if other.tokens.min() >= 0 and other.tokens.max() < self._vocabulary:  # what others send is not to be trusted
+            # What others send is not to be trusted.
+            if other.tokens.min() >= 0 and other.tokens.max() < self._vocabulary:
                 self.groups.add(other.group, other.request, other.prev_token_count, other.tokens)
 
     def _judge(self, row: Row, verified: int, accepted: int) -> None:

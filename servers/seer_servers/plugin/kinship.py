@@ -13,7 +13,6 @@ import numpy as np
 from seer_async.drafting.budget import HIGH_WEIGHT
 from seer_servers.drafting.wire import is_name
 
-
 SALT = "seer_salt"  # the request's cache salt, as it travels to the worker (see `drafting`)
 
 
