@@ -387,7 +387,7 @@ def test_a_token_of_a_request_with_priority_weighs_more(engine):
 
 def test_counts_are_of_the_group_that_has_the_number_now(engine, monkeypatch, tmp_path):
     monkeypatch.setenv("SEER_DRAFT_STATS", str(tmp_path / "page" / "stats.json"))
-    monkeypatch.setattr("seer_servers.plugin.gpu_speculator.PUBLISH_S", 0.0)
+    monkeypatch.setattr("seer_servers.plugin.draft_stats.PUBLISH_S", 0.0)
     totals = totals_of(engine.siblings.most_groups)
     page = Page(totals, engine.siblings)
 

@@ -24,7 +24,7 @@ from seer_async.drafting.index import GroupIndex, Lookup, Path
 from seer_async.drafting.steptime import Profile, StepTime
 from seer_servers.drafting.address import ADDRESS_ENV
 from seer_servers.drafting.client import DraftClient
-from seer_servers.plugin.draft_stats import DraftStats
+from seer_servers.plugin.draft_stats import DraftStats, Publisher
 from seer_servers.plugin.kinship import kinship_of
 from seer_servers.plugin.marker import original_prompt_len
 
@@ -86,6 +86,7 @@ class GroupedDrafter:
         self.acceptance = Acceptance()
         self.budget = Budget(StepTime())
         self.stats = DraftStats()
+        self._publisher = Publisher()
         address = os.environ.get(ADDRESS_ENV)
         self.client = (
             DraftClient(address, name=f"engine-{os.getpid()}", batch_s=SEND_S, fetch_s=FETCH_S) if address else None
@@ -239,13 +240,14 @@ class GroupedDrafter:
         for request_id in self._rows.keys() - self._runner.requests.keys():
             del self._rows[request_id]
         self.groups.trim()
-        self.stats.publish(
-            groups=len(self.groups),
-            tokens=self.groups.tokens,
-            step_ms=self.budget.times.parameters(),
-            acceptance=self.acceptance.table(),
-            **(self.client.stats() if self.client else {}),
-        )
+        if self._publisher.due():
+            now = {
+                "groups": len(self.groups),
+                "tokens": self.groups.tokens,
+                "step_ms": self.budget.times.parameters(),
+                "acceptance": self.acceptance.table(),
+            }
+            self._publisher.publish(self.stats.page() | now | (self.client.stats() if self.client else {}))
 
 
 def _until_stop(tokens: NDArray[np.int32], stops: set[int]) -> NDArray[np.int32]:

@@ -11,14 +11,13 @@ before, never on the draw that it is about.
 
 import os
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
-from seer_servers.plugin.draft_stats import MAX_GROUPS, PUBLISH_S, STATS_ENV, write_page
+from seer_servers.plugin.draft_stats import MAX_GROUPS, Publisher
 from seer_servers.plugin.gpu_kernels import (
     GONE,
     KINDS,
@@ -266,12 +265,12 @@ class Page:
 
     def __init__(self, totals: Totals, siblings: Siblings) -> None:
         self.steps = 0
-        self._path = os.environ.get(STATS_ENV)
+        self._publisher = Publisher()
         self._gpu, self._siblings = totals, siblings
         self._totals = Totals(*(torch.zeros(of.shape, dtype=of.dtype, pin_memory=of.is_cuda) for of in totals))
         self._groups: dict[str, int] = {}  # the rows of `by_group` on its way
         self._off, self._turns, self._was_off = 0, 0, False
-        self._seconds = self._published = 0.0
+        self._seconds = 0.0
 
     def step(self, seconds: float, *, off: bool, references: int) -> None:
         """Count a step that the drafter took `seconds` of."""
@@ -280,9 +279,8 @@ class Page:
         self._turns += off and not self._was_off
         self._was_off = off
         self._seconds += seconds
-        if self._path and time.monotonic() - self._published >= PUBLISH_S:
-            self._published = time.monotonic()
-            write_page(Path(self._path), self._counts() | {"references": references})
+        if self._publisher.due():
+            self._publisher.publish(self._counts() | {"references": references})
             for here, there in zip(self._totals, self._gpu, strict=True):
                 here.copy_(there, non_blocking=True)
             born = self._siblings.born  # their rows are still others'
