@@ -43,7 +43,7 @@ VOCABULARY = 4  # few tokens, so that much matches
 
 
 class Table:
-    """vLLM's StagedWriteTensor, which needs a GPU."""
+    """vLLM's StagedWriteTensor, which needs a GPU: a program for each staged write, in no order."""
 
     def __init__(self, size, dtype, device):
         self.gpu = torch.zeros(size, dtype=dtype, device=device)
@@ -56,6 +56,12 @@ class Table:
         self._staged.append((index, None, value))
 
     def apply_write(self):
+        places = [
+            (index, (start or 0) + offset)
+            for index, start, content in self._staged
+            for offset in range(1 if start is None else len(content))
+        ]
+        assert len(places) == len(set(places)), "which of two writes to one place wins is left to chance"
         for index, start, content in self._staged:
             if start is None:
                 self.gpu[index] = content
@@ -325,6 +331,20 @@ def test_tokens_from_elsewhere(engine):
     engine.receive("g", "far", 1, [0, 2])  # what is known already may come again
     _, choice = engine.draft([0])
     assert choice.drafts[0].tolist() == [0, 0, 2, 1]
+
+
+def test_what_arrives_for_a_row_that_is_taken_away_is_not_written(monkeypatch):
+    """Between two looks one sibling's row becomes another's, and then that of a request that leaves."""
+    engine = Engine(monkeypatch, references=1)
+    engine.add(0, "g", "a", [1, 2, 3])
+    engine.receive("g", "far", 0, [0, 0, 2, 2, 2])
+    engine.receive("g", "further", 0, [1, 1])
+    engine.siblings.refresh()
+    assert engine.sequence(SLOTS) == ([1, 2, 3, 1, 1], 2)
+    engine.receive("g", "further", 2, [3, 3])
+    engine.siblings.retire(0)
+    engine.siblings.refresh()
+    assert engine.sequence(SLOTS) == ([1, 2, 3], 2)
 
 
 @pytest.mark.parametrize("increment", [("g", "new", 3, [1]), ("unknown", "x", 0, [1]), ("g", "bad", 0, [VOCABULARY])])
