@@ -86,11 +86,20 @@ def _around_fits(fits: Function) -> Function:
 
 
 def _around_sample(sample: Function) -> Function:
-    """A step without a draft is sampled as one of an engine that never drafts: its logits are the same rows."""
+    """A step without a draft is sampled as one of an engine that never drafts: its logits are the same rows.
+
+    vLLM's thinking budgets must be told so: on an engine that drafts they take each request's rows to be as many as its
+    drafts, none, and put the end of anybody's thinking into row 0.
+    """
 
     def _sample(runner: Any, logits: Any, spec_decode_metadata: Any) -> Any:
-        plain = spec_decode_metadata is not None and not any(spec_decode_metadata.num_draft_tokens)
-        return sample(runner, logits, None if plain and ours(runner) else spec_decode_metadata)
+        if not ours(runner):
+            return sample(runner, logits, spec_decode_metadata)
+        drafted = spec_decode_metadata is not None and any(spec_decode_metadata.num_draft_tokens)
+        budgets = runner.input_batch.thinking_budget_state_holder
+        if budgets is not None:
+            budgets.in_spec_mode = drafted
+        return sample(runner, logits, spec_decode_metadata if drafted else None)
 
     return _sample
 
