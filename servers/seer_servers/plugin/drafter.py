@@ -244,6 +244,8 @@ class GroupedDrafter:
             now = {
                 "groups": len(self.groups),
                 "tokens": self.groups.tokens,
+                "bytes": self.groups.nbytes,
+                "groups_forgotten": self.groups.forgotten,
                 "step_ms": self.budget.times.parameters(),
                 "acceptance": self.acceptance.table(),
             }
