@@ -850,19 +850,27 @@ def test_what_is_patched_is_as_it_was():
         patch.check()
 
 
-def config(method="ngram_gpu", adaptive=True, world=1, additional=None):
+def config(method="ngram_gpu", adaptive=True, world=1, executor="uni", additional=None):
     return SimpleNamespace(
         speculative_config=SimpleNamespace(method=method, enable_adaptive_verification=adaptive),
-        parallel_config=SimpleNamespace(world_size=world),
+        parallel_config=SimpleNamespace(world_size=world, distributed_executor_backend=executor),
         model_config=SimpleNamespace(max_model_len=4096),
         additional_config=additional,
     )
 
 
-@pytest.mark.parametrize("wrong", [{"method": "ngram"}, {"adaptive": False}, {"world": 2}])
-def test_what_cannot_be_is_refused(wrong):
+WRONG = [{"method": "ngram"}, {"adaptive": False}, {"world": 2}, {"executor": "mp"}, {"executor": "ray"}]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_cannot_be_is_refused(wrong, monkeypatch):
+    applied = []
+    monkeypatch.setattr(gpu_drafting, "_apply", lambda: applied.append(wrong))
+    gpu_drafting.install(config())
+    assert applied.pop() == wrong
     with pytest.raises(gpu_drafting.UnsupportedVllmError):
         gpu_drafting.install(config(**wrong))
+    assert not applied
 
 
 def test_it_is_asked_for():
