@@ -10,7 +10,9 @@ import pytest
 
 pytest.importorskip("vllm", reason="the plug-in runs inside vLLM")
 
+from seer_servers.drafting.client import DraftClient
 from seer_servers.plugin import draft_stats
+from seer_servers.plugin.draft_routes import DraftMetrics
 from seer_servers.plugin.draft_stats import STATS_ENV, Publisher, read_page
 
 if TYPE_CHECKING:
@@ -74,3 +76,14 @@ def test_without_an_api_process_nothing_is_written(monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv(STATS_ENV, raising=False)
     assert not Publisher().due()
     assert read_page() is None
+
+
+def test_what_may_fall_is_a_gauge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prometheus takes a counter that falls for an engine that has started anew."""
+    monkeypatch.setenv(STATS_ENV, str(tmp_path / "page" / "stats.json"))
+    falls = {"groups", "tokens", "bytes", "references", "sync_connected", "sync_groups", "sync_bytes"}
+    client = DraftClient("tcp://127.0.0.1:1", name="test")  # it starts with its first use
+    page = {"steps": 1, "groups_forgotten": 1} | dict.fromkeys(falls, 1) | client.stats()
+    Publisher().publish(page)
+    kinds = {metric.name: metric.type for metric in DraftMetrics().collect()}
+    assert {name for name in page if kinds[f"seer:draft_{name}"] == "gauge"} == falls
