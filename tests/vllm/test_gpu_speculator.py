@@ -548,17 +548,28 @@ def gumbel_sample():
     return module.gumbel_sample
 
 
-def test_a_seeded_sample_is_the_same_with_and_without_drafts(gumbel_sample):
+def around(name, function=None):
+    """Our patch of that name, around `function` of vLLM's."""
+    (patch,) = (patch for patch in gpu_verification.patches() if patch.name == name)
+    return patch.around(function)
+
+
+def test_a_seeded_sample_is_the_same_with_and_without_drafts(gumbel_sample, monkeypatch):
     """Decode a chain of random logits step by step, and again with drafts of which some are right."""
+    monkeypatch.setattr(gpu_verification, "gumbel_sample", gumbel_sample)
+    rejection_sample = around("rejection_sample")
     draw = random.Random(2)
     table = 3 * torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     temperature = torch.tensor([1.0], device=DEVICE)
     seeds = torch.tensor([1234], device=DEVICE)
 
-    def sample(inputs, first):
+    def described(inputs, first):
         rows = torch.zeros(len(inputs), dtype=torch.int64, device=DEVICE)
         places = torch.arange(first, first + len(inputs), device=DEVICE)
-        logits = table[torch.tensor(inputs, device=DEVICE)]
+        return table[torch.tensor(inputs, device=DEVICE)], rows, places
+
+    def sample(inputs, first):
+        logits, rows, places = described(inputs, first)
         return gumbel_sample(logits, rows, temperature, seeds, places, apply_temperature=False, is_drafting=False)
 
     plain, drafted = [0], [0]
@@ -568,13 +579,30 @@ def test_a_seeded_sample_is_the_same_with_and_without_drafts(gumbel_sample):
         right = plain[len(drafted) : len(drafted) + 3]
         drafts = [token if draw.random() < 0.7 else draw.randrange(VOCABULARY) for token in right]
         inputs = [drafted[-1], *drafts]
-        drawn = sample(inputs, len(drafted) - 1)
+        logits, rows, places = described(inputs, len(drafted) - 1)
         borders = torch.tensor([0, len(inputs)], dtype=torch.int32, device=DEVICE)
         inputs = torch.tensor(inputs, dtype=torch.int32, device=DEVICE)
-        tokens, counts = kernels.follow(drawn, inputs, borders, STEPS)
+        settings = temperature, seeds, STEPS, None
+        one = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+        tokens, counts = rejection_sample(
+            logits, None, inputs, borders, places, one, rows, rows, *settings, use_block_verification=False
+        )
         drafted += tokens[0, : int(counts[0])].tolist()
     assert drafted == plain[: len(drafted)]
     assert len(set(plain)) == VOCABULARY
+
+
+@pytest.mark.parametrize(
+    ("place", "option"), [(1, {}), (11, {}), (None, {"use_block_verification": True}), (None, {"contexts": 1})]
+)
+def test_other_ways_to_verify_are_vllms(place, option):
+    """Drafts with probabilities, rates of acceptance that are made up, and what vLLM has beside."""
+    arguments = [0, None, *range(2, 11), None]
+    if place is not None:
+        arguments[place] = "set"
+    told = []
+    around("rejection_sample", lambda *given, **named: told.append((given, named)))(*arguments, use_fp64=True, **option)
+    assert told == [(tuple(arguments), {"use_fp64": True} | option)]
 
 
 @pytest.mark.parametrize("requests", [1, 3])
@@ -755,12 +783,19 @@ def test_a_step_never_holds_more_than_it_may():
         assert switch[200] == most
 
 
+def heard(requests):
+    """How many of the steps with these requests' tokens, a second apart, a duel hears of."""
+    switch, told = gpu_switch.Switch(8, 8192), []
+    switch.duel(1).step = lambda **step: told.append(step)
+    for now, scheduled in enumerate(requests):
+        switch.ended(scheduled, drafted=0, sampled=1, now=float(now))
+    return len(told)
+
+
 def test_prefill_and_idle_time_are_left_out():
-    switch = gpu_switch.Switch(8, 8192)
-    for now in range(500):
-        switch.ended({"a": 300}, drafted=0, sampled=1, now=float(now))
-        switch.ended({f"r{now}": 1}, drafted=0, sampled=1, now=now + 0.5)
-    assert switch.duel(1)._block.steps == 0
+    assert heard([{"a": 1}] * 100) == 99, "of the first nobody knows how long it took"
+    assert heard([{"a": 300}] * 100) == 0, "a prompt in chunks"
+    assert heard([{f"r{number}": 1} for number in range(100)]) == 0, "nobody was there before: the engine was idle"
 
 
 # A step without drafts
