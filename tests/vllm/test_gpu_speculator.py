@@ -26,7 +26,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.model_states import default as model_states
 from vllm.v1.worker.gpu.spec_decode import adaptive_verification
 
-from seer_servers.plugin import gpu_drafting, gpu_siblings, gpu_switch, gpu_verification
+from seer_servers.plugin import drafting, gpu_drafting, gpu_siblings, gpu_switch, gpu_verification
 from seer_servers.plugin import gpu_kernels as kernels
 from seer_servers.plugin.draft_stats import read_page
 from seer_servers.plugin.gpu_outlook import ENOUGH, Outlook
@@ -764,8 +764,26 @@ def test_the_switch_turns_when_things_change():
 
 def test_the_switch_hears_what_drafts_would_bring(monkeypatch):
     monkeypatch.setattr(gpu_switch, "_heard", [])
-    gpu_switch.listen_to(Outlook(DEVICE))
+    gpu_switch.listen_to(SimpleNamespace(outlook=Outlook(DEVICE), enabled=True))
     assert play(gpu_switch.Switch(8, 8192), 4, 3000, lambda drafting: (0.004, 1.0) if drafting else (0.003, 1.0)) == 0
+
+
+def test_drafting_is_switched_off_and_on_by_hand(monkeypatch):
+    monkeypatch.setattr(gpu_switch, "_heard", [])
+    speculator = object.__new__(gpu_drafting.GroupedSpeculator)
+    speculator.enabled = True
+    gpu_switch.listen_to(speculator)
+    switch, runner = gpu_switch.Switch(8, 8192), SimpleNamespace(speculator=speculator)
+    switch.duel(4).drafting = True
+    assert drafting.configure(runner, {}) == {"enabled": True}
+    assert switch[4] == 8
+    assert drafting.configure(runner, {"enabled": False, "max_spec_tokens": 4})["status"] == 400
+    assert switch[4] == 8
+    assert drafting.configure(runner, {"enabled": False}) == {"enabled": False}
+    assert switch[4] == 0
+    assert drafting.configure(runner, {"enabled": True}) == {"enabled": True}
+    assert switch[4] == 8
+    assert drafting.configure(SimpleNamespace(speculator=object()), {})["status"] == 404
 
 
 def test_batch_sizes_are_told_apart():

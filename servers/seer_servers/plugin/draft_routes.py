@@ -45,7 +45,10 @@ class UpdateBody(BaseModel):
 
 
 class ConfigBody(BaseModel):
-    """Settings to change; what is left out stays. Without `adaptive`, drafts are verified whether they gain or not."""
+    """Settings to change; what is left out stays. Without `adaptive`, drafts are verified whether they gain or not.
+
+    On a GPU there is `enabled` alone.
+    """
 
     model_config = ConfigDict(extra="forbid")
     enabled: bool | None = None

@@ -117,9 +117,10 @@ def _around_request(from_request: Any) -> Any:
 
 def configure(runner: Any, changes: dict[str, Any]) -> dict[str, Any]:
     """Change the drafter's settings and return them all, or {"status", "error"}; for `collective_rpc`."""
-    if not ours(runner):
+    proposers = (getattr(runner, name, None) for name in ("drafter", "speculator"))  # of either runner
+    drafter = next((each for each in proposers if hasattr(each, "settings")), None)  # vLLM's own have none
+    if drafter is None:
         return {"status": 404, "error": "This engine was started without grouped drafting."}
-    drafter = runner.drafter
     try:
         drafter.configure(**changes)
     except ValueError as error:

@@ -72,7 +72,7 @@ def patches() -> tuple[Patch, ...]:
 def _around_init(_: Function) -> Function:
     def init_speculator(*arguments: Any) -> GroupedSpeculator:
         speculator = GroupedSpeculator(*arguments)
-        gpu_switch.listen_to(speculator.outlook)
+        gpu_switch.listen_to(speculator)
         return speculator
 
     return init_speculator

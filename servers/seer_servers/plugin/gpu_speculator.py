@@ -66,6 +66,7 @@ class GroupedSpeculator(BaseSpeculator):  # type: ignore[misc]  # vLLM has no ty
     def __init__(self, vllm_config: Any, device: torch.device, req_states: Any) -> None:
         spec = vllm_config.speculative_config
         slots, steps = req_states.max_num_reqs, spec.num_speculative_tokens
+        self.enabled = True  # drafting is allowed (see `gpu_switch`)
         self.idle = True  # whether the last step went without drafts
         self.siblings = Siblings(req_states, vllm_config.model_config.get_vocab_size())
         self.running: dict[str, Running] = {}
@@ -99,6 +100,16 @@ class GroupedSpeculator(BaseSpeculator):  # type: ignore[misc]  # vLLM has no ty
         self._counts = zeros(2, KINDS, steps)
         self._rates = self._prior.clone()
         self._page = Page(self._totals, self.siblings)
+
+    def settings(self) -> dict[str, Any]:
+        """What `configure` can change."""
+        return {"enabled": self.enabled}
+
+    def configure(self, *, enabled: bool | None = None, **other: Any) -> None:
+        """Change settings; raises ValueError if there are others, and then changes none."""
+        if other:
+            raise ValueError(f"On a GPU only enabled can be changed, not {', '.join(other)}.")
+        self.enabled = self.enabled if enabled is None else enabled
 
     def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
         """Nothing here runs in a CUDA graph."""
