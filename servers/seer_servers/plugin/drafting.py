@@ -1,7 +1,9 @@
 """Where the grouped drafter meets vLLM: what it is told of each step, and what an engine lets others ask of it.
 
-Only `custom_class` engines with our drafter are touched. The cache salt, which vLLM keeps from its workers, travels to
-them in the request's extra arguments, so that requests without metadata are grouped by prompt and salt.
+Steps are touched only on `custom_class` engines with our drafter. The cache salt, which vLLM keeps from its workers,
+travels to them in the request's extra arguments, so that requests without metadata are grouped by prompt and salt: on
+every engine with the plug-in, because the place where that is done does not know whether the engine drafts. Nobody else
+reads it.
 """
 
 import copy
