@@ -210,9 +210,9 @@ def test_thinking_ends_where_its_budget_does(patched: None, every: int) -> None:
         asked = [SimpleNamespace(thinking_token_budget=budget) for budget in BUDGETS]
         rows = zip(range(4), asked, tiny.prompts, tiny.outputs, strict=True)
         budgets.sync_batch(BatchUpdate(batch_size=4, removed=[], added=list(rows), moved=[]))
+        tiny.step([[]] * 4)  # a prompt's step has no drafts
         for step in range(1, 40):
-            drafts = [guess(row, len(output)) if step % every == 0 else [] for row, output in enumerate(tiny.outputs)]
-            tiny.step(drafts)
+            tiny.step([guess(row, len(tiny.outputs[row])) if step % every == 0 else [] for row in range(4)])
         return tiny.outputs
 
     truth = thinking(0, lambda *_: [])
