@@ -29,6 +29,7 @@ _FIRST_TOKENS = 1024
 _FIRST_SEQUENCES = 16
 _FIRST_ROOM = 32  # tokens of a sequence
 _BATCH = 4096  # tokens that wait at most
+_WAITING_BYTES = 40  # of a token that waits, in a list
 
 
 class Lookup(msgspec.Struct, frozen=True):
@@ -76,11 +77,12 @@ class GroupIndex:
         self._lengths = np.zeros(_FIRST_SEQUENCES, dtype=np.int64)
         self._heads = np.full((len(matcher.ORDERS), _FIRST_TOKENS), -1, dtype=np.int32)
         self._places = np.zeros((_FIRST_TOKENS, 2 + len(matcher.ORDERS)), dtype=np.int32)
+        self._weigh()
 
     @property
     def nbytes(self) -> int:
-        """Memory of the arrays, in bytes."""
-        return sum(array.nbytes for array in (self._pool, self._heads, self._places, self._starts, self._lengths))
+        """Memory of the arrays and of tokens that wait, in bytes."""
+        return self._array_bytes + _WAITING_BYTES * len(self._waiting)
 
     @staticmethod
     def warm_up() -> None:
@@ -155,21 +157,29 @@ class GroupIndex:
             self._starts, self._lengths = (
                 np.concatenate((array, np.zeros_like(array))) for array in (self._starts, self._lengths)
             )
+            self._weigh()
         if self.tokens > len(self._places):
             size = 1 << (self.tokens - 1).bit_length()
             self._places = _grown(self._places, size)
             # A slot of the larger table takes over the chain of the slot that it splits from, strangers and all: what a
             # chain leads to is compared anyway, and no step has to wait until all places are linked anew.
             self._heads = np.tile(self._heads, size // self._heads.shape[1])
+            self._weigh()
         for number in self._cramped:
             self._move(number, max(_FIRST_ROOM, 2 * self._totals[number]))
         self._cramped.clear()
+
+    def _weigh(self) -> None:
+        """Know what the arrays take, each time one has grown."""
+        arrays = self._pool, self._heads, self._places, self._starts, self._lengths
+        self._array_bytes = sum(array.nbytes for array in arrays)
 
     def _move(self, number: int, room: int) -> None:
         """Give a sequence a larger place at the pool's end; each token moves a few times at most."""
         start, length = int(self._starts[number]), int(self._lengths[number])
         if self._pooled + room > len(self._pool):
             self._pool = _grown(self._pool, max(2 * len(self._pool), self._pooled + room))
+            self._weigh()
         self._pool[self._pooled : self._pooled + length] = self._pool[start : start + length]
         self._starts[number], self._rooms[number] = self._pooled, room
         self._pooled += room

@@ -695,11 +695,54 @@ def test_a_hostile_server_does_not_disturb_a_client(address):
             one.update("g", "a", 0, [1])
             assert liar.poll(TIMEOUT_S * 1000)
             peer, _ = liar.recv_multipart()
-            for lie in (b"", b"\xc1", pickle.dumps(1), msgspec.msgpack.encode(["d", 99, "boot"])):
+            for lie in (b"", b"\xc1", b"\x93" * 100_000, pickle.dumps(1), msgspec.msgpack.encode(["d", 99, "boot"])):
                 liar.send_multipart([peer, lie])
             wait_until(lambda: one.stats()["sync_timeouts"])
         with server_at(address):
             wait_until(lambda: (stats := ask_stats(address)) and stats.tokens == 1)
+
+
+def test_what_a_server_sends_as_tokens_and_is_none_is_counted(address):
+    """Its replies are in order but for that; the real server, which comes later, finds a client that works."""
+    socket_path(address).parent.mkdir(mode=0o700)
+    with client(address) as one:
+        with zmq.Context() as context, context.socket(zmq.ROUTER) as liar:
+            liar.setsockopt(zmq.LINGER, 0)
+            liar.bind(address)
+            one.register_group("g", 60)
+            assert one.fetched() == []
+            wait_until(lambda: lied(liar) and one.stats()["sync_malformed"])
+            assert one.fetched() == []
+        with server_at(address):
+            one.update("g", "a", 0, [1])
+            wait_until(lambda: (stats := ask_stats(address)) and stats.tokens == 1)
+        assert one.stats()["sync_failures"] == 0
+
+
+def lied(liar):
+    """Answer what clients have asked; every token of a sibling's takes five bytes."""
+    while liar.poll(0):
+        peer, message = liar.recv_multipart()
+        serial, asked = (request := wire.request_decoder.decode(message)).serial, isinstance(request, wire.Fetch)
+        lie = wire.Fetched(serial, "b", {"g": {"x": (0, b"12345")}}, more=False) if asked else wire.Done(serial, "b")
+        liar.send_multipart([peer, wire.encoder.encode(lie)])
+    return True
+
+
+def test_an_error_does_not_end_the_clients_thread(address, monkeypatch, caplog):
+    with server_at(address), client(address) as one:
+        plain, errors = one._replica.learn, [ValueError("first"), KeyError("second")]
+
+        def learn(request, reply):
+            if errors:
+                raise errors.pop(0)
+            return plain(request, reply)
+
+        monkeypatch.setattr(one._replica, "learn", learn)
+        one.update("g", "a", 0, [1])
+        wait_until(lambda: one.stats()["sync_sent_tokens"] == 1)
+        assert one.stats()["sync_failures"] == 2
+        assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [ValueError]
 
 
 def test_the_bound_and_a_groups_end_on_a_real_server(address):

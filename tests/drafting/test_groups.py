@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -37,10 +39,40 @@ def test_late_double_and_overlapping_news_count_once():
 
 
 def test_the_least_recently_used_group_is_forgotten_first():
-    groups = Groups(max_tokens=100)
+    groups = Groups()
     for name in "abc":
         groups.add(name, "x", 0, list(range(40)))
-    groups.add("a", "x", 40, [1])
-    groups.trim()
-    assert [name for name in "abc" if groups.length(name, "x")] == ["a", "c"]
-    assert groups.forgotten == 1
+    bound = Groups(max_bytes=groups.nbytes - 1)
+    for name in "abc":
+        bound.add(name, "x", 0, list(range(40)))
+    bound.add("a", "x", 40, [1])
+    bound.trim()
+    assert [name for name in "abc" if bound.length(name, "x")] == ["a", "c"]
+    assert bound.forgotten == 1
+    assert bound.tokens == 81
+    assert 0 < bound.nbytes < groups.nbytes
+
+
+@pytest.mark.parametrize(("requests", "tokens"), [(1, 1), (40, 2), (2, 3000), (0, 0)])
+def test_memory_is_bounded_whatever_groups_are_like(requests, tokens):
+    """Many tiny ones, many requests, tokens that wait to be indexed, and groups of which nothing has come."""
+    most = 4 << 20
+    groups = Groups(max_bytes=most)
+    tracemalloc.start()
+    try:
+        for number in range(600):
+            name = f"{number:032}"
+            groups.add(name, "behind a gap", 1, [1])
+            for request in range(requests):
+                groups.add(name, f"{number:032}/{request:032}", 0, np.arange(300, 300 + tokens, dtype=np.int32))
+            if number % 3 == 0:
+                groups.propose(name, tail(1), LOOKUP)
+            groups.trim()
+        held = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert groups.forgotten > 0
+    assert groups.tokens == requests * tokens * len(groups)
+    assert groups.nbytes <= most
+    assert held <= 1.1 * most
+    assert held > 0.5 * groups.nbytes, "what is charged is not far from what is taken"

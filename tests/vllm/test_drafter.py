@@ -11,7 +11,9 @@ pytest.importorskip("vllm", reason="the drafter is vLLM's to call")
 
 import numpy as np
 
+from seer_servers.drafting.client import Increment
 from seer_servers.plugin.drafter import TAKE_IN_EVERY, GroupedDrafter
+from seer_servers.plugin.kinship import kinship_of
 
 PROMPT = [1, 2, 3, 4]
 TEXT = [5, 6, 7, 8, 9] * 8  # says what comes next
@@ -20,7 +22,7 @@ TEXT = [5, 6, 7, 8, 9] * 8  # says what comes next
 class Engine:
     """One request that decodes, without a model."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, prompt: list[int] | None = PROMPT, **extra: Any) -> None:
         config = SimpleNamespace(
             model_config=SimpleNamespace(max_model_len=128, get_vocab_size=lambda: 32),
             speculative_config=SimpleNamespace(num_speculative_tokens=4),
@@ -32,13 +34,13 @@ class Engine:
         monkeypatch.setattr(self.drafter.budget, "allot", lambda survival, _: [len(path) for path in survival])
         monkeypatch.setattr(self.drafter.budget, "learn", lambda *told: self.learned.append(told))
         params = SimpleNamespace(
-            extra_args={"seer_group": "g", "seer_request": "r"},
+            extra_args={"seer_group": "g", "seer_request": "r"} | extra,
             max_tokens=100,
             min_tokens=0,
             ignore_eos=True,
             all_stop_token_ids=set(),
         )
-        state = SimpleNamespace(sampling_params=params, prompt_token_ids=PROMPT)
+        state = SimpleNamespace(sampling_params=params, prompt_token_ids=prompt)
         self.runner = SimpleNamespace(input_batch=SimpleNamespace(req_ids=["a"]), requests={"a": state})
         self.text = list(PROMPT)
 
@@ -85,3 +87,47 @@ def test_drafts_are_judged_by_what_could_be_expected_of_them(monkeypatch: pytest
         brought.append(expected)
     assert brought[0] == brought[1]
     assert 1 < brought[0] < 5
+
+
+@pytest.mark.parametrize("mark", ["x", [1], "2", 2.5, None, {}, True, -1, 0, 10**30])
+def test_what_is_no_length_is_no_mark(monkeypatch: pytest.MonkeyPatch, mark: Any) -> None:
+    """It comes from a client; the step that first sees it is the whole engine's."""
+    engine = Engine(monkeypatch, seer_prompt_len=mark)
+    for token in TEXT[:20]:
+        draft = engine.step([token], [])
+    assert draft == TEXT[20:24]
+    assert engine.known == 20
+
+
+def test_a_prompt_of_embeddings_is_not_drafted_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM keeps no tokens of it, and zeros where they would be."""
+    engine = Engine(monkeypatch, prompt=None)
+    assert [engine.step([token], []) for token in TEXT[:20]] == [[]] * 20
+    assert engine.known == len(engine.drafter.groups) == 0
+
+
+def nested(depth: int) -> list[Any]:
+    return [] if not depth else [nested(depth - 1)]
+
+
+@pytest.mark.parametrize("name", ["", "x" * 257, "\ud800", ["g"], {}, 7, True, nested(900), "a\nb"])
+def test_what_is_no_name_counts_as_not_said(name: Any) -> None:
+    said = {"seer_group": name, "seer_request": name, "seer_salt": nested(900), "seer_priority": ["high"]}
+    assert kinship_of("id", PROMPT, said) == kinship_of("id", PROMPT, {})
+    assert kinship_of("id", PROMPT, {"seer_salt": "s"}).group != kinship_of("id", PROMPT, {}).group
+
+
+@pytest.mark.parametrize("tokens", [[-1, 5], [5, 32]])
+def test_tokens_beyond_the_vocabulary_are_left(monkeypatch: pytest.MonkeyPatch, tokens: list[int]) -> None:
+    """The model is run on drafts: a negative one would end the engine."""
+    engine = Engine(monkeypatch)
+    news = [
+        Increment("g", "bad", 0, np.array(tokens, dtype=np.int32)),
+        Increment("g", "good", 0, np.array([31, 0], dtype=np.int32)),
+    ]
+    nothing: Any = lambda *_: None  # noqa: E731 - a client that only brings news
+    client = SimpleNamespace(register_group=nothing, update=nothing, fetched=lambda: news)
+    monkeypatch.setattr(engine.drafter, "client", client)
+    engine.step([5], [])
+    assert engine.drafter.groups.length("g", "bad") == 0
+    assert engine.drafter.groups.length("g", "good") == 2

@@ -15,7 +15,8 @@ import pytest
 from seer_async.dataset import default_dataset, read_dataset
 from seer_async.engine import EngineClient, engine_session
 from seer_async.wire import CallSpec
-from seer_servers.drafting.link import ask_stats
+from seer_servers.drafting.link import Link
+from seer_servers.drafting.wire import TOKEN_BYTES, Fetch, Fetched
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -191,19 +192,26 @@ async def test_a_killed_draft_server_is_replaced_and_filled_again(vllm_fleet: Lo
     async with drafting(vllm_fleet) as engine:
         prompt = await engine.prompt(3)
         whole = await engine.siblings(prompt, "killed")
-        known = await until_known(service.address, 1)
+        tokens = sum(len(reply.token_ids) for reply in whole)
+        await until_known(service.address, "killed", tokens)
         victim = next(p for p in psutil.process_iter(["cmdline"]) if service.address in (p.info["cmdline"] or []))
         victim.kill()
         again = await engine.siblings(prompt, "killed again")
         assert [reply.token_ids for reply in again] == [reply.token_ids for reply in whole]
-        assert await until_known(service.address, known) >= known
+        await until_known(service.address, "killed again", tokens)
+        await until_known(service.address, "killed", tokens)
 
 
-async def until_known(address: str, tokens: int) -> int:
-    """Wait until a draft server knows that many tokens."""
+async def until_known(address: str, group: str, tokens: int) -> None:
+    """Wait until a draft server knows that many tokens of a group."""
     async with asyncio.timeout(30):
-        while True:
-            stats = await asyncio.to_thread(ask_stats, address, connect_s=0.2)
-            if stats is not None and stats.tokens >= tokens:
-                return stats.tokens
+        while await asyncio.to_thread(known, address, group) < tokens:
             await asyncio.sleep(0.2)
+
+
+def known(address: str, group: str) -> int:
+    link = Link()
+    with link.open(address):
+        reply = link.exchange(Fetch(1, {group: {}}), connect_s=0.2)
+    logs = reply.deltas.get(group, {}) if isinstance(reply, Fetched) else {}
+    return sum(len(data) // TOKEN_BYTES for _, data in logs.values())

@@ -26,7 +26,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.model_states import default as model_states
 from vllm.v1.worker.gpu.spec_decode import adaptive_verification
 
-from seer_servers.plugin import gpu_drafting, gpu_siblings, gpu_switch, gpu_verification
+from seer_servers.plugin import drafting, gpu_drafting, gpu_siblings, gpu_switch, gpu_verification
 from seer_servers.plugin import gpu_kernels as kernels
 from seer_servers.plugin.draft_stats import read_page
 from seer_servers.plugin.gpu_outlook import ENOUGH, Outlook
@@ -43,7 +43,7 @@ VOCABULARY = 4  # few tokens, so that much matches
 
 
 class Table:
-    """vLLM's StagedWriteTensor, which needs a GPU."""
+    """vLLM's StagedWriteTensor, which needs a GPU: a program for each staged write, in no order."""
 
     def __init__(self, size, dtype, device):
         self.gpu = torch.zeros(size, dtype=dtype, device=device)
@@ -56,6 +56,12 @@ class Table:
         self._staged.append((index, None, value))
 
     def apply_write(self):
+        places = [
+            (index, (start or 0) + offset)
+            for index, start, content in self._staged
+            for offset in range(1 if start is None else len(content))
+        ]
+        assert len(places) == len(set(places)), "which of two writes to one place wins is left to chance"
         for index, start, content in self._staged:
             if start is None:
                 self.gpu[index] = content
@@ -327,6 +333,20 @@ def test_tokens_from_elsewhere(engine):
     assert choice.drafts[0].tolist() == [0, 0, 2, 1]
 
 
+def test_what_arrives_for_a_row_that_is_taken_away_is_not_written(monkeypatch):
+    """Between two looks one sibling's row becomes another's, and then that of a request that leaves."""
+    engine = Engine(monkeypatch, references=1)
+    engine.add(0, "g", "a", [1, 2, 3])
+    engine.receive("g", "far", 0, [0, 0, 2, 2, 2])
+    engine.receive("g", "further", 0, [1, 1])
+    engine.siblings.refresh()
+    assert engine.sequence(SLOTS) == ([1, 2, 3, 1, 1], 2)
+    engine.receive("g", "further", 2, [3, 3])
+    engine.siblings.retire(0)
+    engine.siblings.refresh()
+    assert engine.sequence(SLOTS) == ([1, 2, 3], 2)
+
+
 @pytest.mark.parametrize("increment", [("g", "new", 3, [1]), ("unknown", "x", 0, [1]), ("g", "bad", 0, [VOCABULARY])])
 def test_tokens_that_fit_nowhere_are_left(engine, increment):
     engine.add(0, "g", "a", [1, 2, 3])
@@ -387,7 +407,7 @@ def test_a_token_of_a_request_with_priority_weighs_more(engine):
 
 def test_counts_are_of_the_group_that_has_the_number_now(engine, monkeypatch, tmp_path):
     monkeypatch.setenv("SEER_DRAFT_STATS", str(tmp_path / "page" / "stats.json"))
-    monkeypatch.setattr("seer_servers.plugin.gpu_speculator.PUBLISH_S", 0.0)
+    monkeypatch.setattr("seer_servers.plugin.draft_stats.PUBLISH_S", 0.0)
     totals = totals_of(engine.siblings.most_groups)
     page = Page(totals, engine.siblings)
 
@@ -528,17 +548,28 @@ def gumbel_sample():
     return module.gumbel_sample
 
 
-def test_a_seeded_sample_is_the_same_with_and_without_drafts(gumbel_sample):
+def around(name, function=None):
+    """Our patch of that name, around `function` of vLLM's."""
+    (patch,) = (patch for patch in gpu_verification.patches() if patch.name == name)
+    return patch.around(function)
+
+
+def test_a_seeded_sample_is_the_same_with_and_without_drafts(gumbel_sample, monkeypatch):
     """Decode a chain of random logits step by step, and again with drafts of which some are right."""
+    monkeypatch.setattr(gpu_verification, "gumbel_sample", gumbel_sample)
+    rejection_sample = around("rejection_sample")
     draw = random.Random(2)
     table = 3 * torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     temperature = torch.tensor([1.0], device=DEVICE)
     seeds = torch.tensor([1234], device=DEVICE)
 
-    def sample(inputs, first):
+    def described(inputs, first):
         rows = torch.zeros(len(inputs), dtype=torch.int64, device=DEVICE)
         places = torch.arange(first, first + len(inputs), device=DEVICE)
-        logits = table[torch.tensor(inputs, device=DEVICE)]
+        return table[torch.tensor(inputs, device=DEVICE)], rows, places
+
+    def sample(inputs, first):
+        logits, rows, places = described(inputs, first)
         return gumbel_sample(logits, rows, temperature, seeds, places, apply_temperature=False, is_drafting=False)
 
     plain, drafted = [0], [0]
@@ -548,13 +579,30 @@ def test_a_seeded_sample_is_the_same_with_and_without_drafts(gumbel_sample):
         right = plain[len(drafted) : len(drafted) + 3]
         drafts = [token if draw.random() < 0.7 else draw.randrange(VOCABULARY) for token in right]
         inputs = [drafted[-1], *drafts]
-        drawn = sample(inputs, len(drafted) - 1)
+        logits, rows, places = described(inputs, len(drafted) - 1)
         borders = torch.tensor([0, len(inputs)], dtype=torch.int32, device=DEVICE)
         inputs = torch.tensor(inputs, dtype=torch.int32, device=DEVICE)
-        tokens, counts = kernels.follow(drawn, inputs, borders, STEPS)
+        settings = temperature, seeds, STEPS, None
+        one = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+        tokens, counts = rejection_sample(
+            logits, None, inputs, borders, places, one, rows, rows, *settings, use_block_verification=False
+        )
         drafted += tokens[0, : int(counts[0])].tolist()
     assert drafted == plain[: len(drafted)]
     assert len(set(plain)) == VOCABULARY
+
+
+@pytest.mark.parametrize(
+    ("place", "option"), [(1, {}), (11, {}), (None, {"use_block_verification": True}), (None, {"contexts": 1})]
+)
+def test_other_ways_to_verify_are_vllms(place, option):
+    """Drafts with probabilities, rates of acceptance that are made up, and what vLLM has beside."""
+    arguments = [0, None, *range(2, 11), None]
+    if place is not None:
+        arguments[place] = "set"
+    told = []
+    around("rejection_sample", lambda *given, **named: told.append((given, named)))(*arguments, use_fp64=True, **option)
+    assert told == [(tuple(arguments), {"use_fp64": True} | option)]
 
 
 @pytest.mark.parametrize("requests", [1, 3])
@@ -716,8 +764,26 @@ def test_the_switch_turns_when_things_change():
 
 def test_the_switch_hears_what_drafts_would_bring(monkeypatch):
     monkeypatch.setattr(gpu_switch, "_heard", [])
-    gpu_switch.listen_to(Outlook(DEVICE))
+    gpu_switch.listen_to(SimpleNamespace(outlook=Outlook(DEVICE), enabled=True))
     assert play(gpu_switch.Switch(8, 8192), 4, 3000, lambda drafting: (0.004, 1.0) if drafting else (0.003, 1.0)) == 0
+
+
+def test_drafting_is_switched_off_and_on_by_hand(monkeypatch):
+    monkeypatch.setattr(gpu_switch, "_heard", [])
+    speculator = object.__new__(gpu_drafting.GroupedSpeculator)
+    speculator.enabled = True
+    gpu_switch.listen_to(speculator)
+    switch, runner = gpu_switch.Switch(8, 8192), SimpleNamespace(speculator=speculator)
+    switch.duel(4).drafting = True
+    assert drafting.configure(runner, {}) == {"enabled": True}
+    assert switch[4] == 8
+    assert drafting.configure(runner, {"enabled": False, "max_spec_tokens": 4})["status"] == 400
+    assert switch[4] == 8
+    assert drafting.configure(runner, {"enabled": False}) == {"enabled": False}
+    assert switch[4] == 0
+    assert drafting.configure(runner, {"enabled": True}) == {"enabled": True}
+    assert switch[4] == 8
+    assert drafting.configure(SimpleNamespace(speculator=object()), {})["status"] == 404
 
 
 def test_batch_sizes_are_told_apart():
@@ -735,12 +801,19 @@ def test_a_step_never_holds_more_than_it_may():
         assert switch[200] == most
 
 
+def heard(requests):
+    """How many of the steps with these requests' tokens, a second apart, a duel hears of."""
+    switch, told = gpu_switch.Switch(8, 8192), []
+    switch.duel(1).step = lambda **step: told.append(step)
+    for now, scheduled in enumerate(requests):
+        switch.ended(scheduled, drafted=0, sampled=1, now=float(now))
+    return len(told)
+
+
 def test_prefill_and_idle_time_are_left_out():
-    switch = gpu_switch.Switch(8, 8192)
-    for now in range(500):
-        switch.ended({"a": 300}, drafted=0, sampled=1, now=float(now))
-        switch.ended({f"r{now}": 1}, drafted=0, sampled=1, now=now + 0.5)
-    assert switch.duel(1)._block.steps == 0
+    assert heard([{"a": 1}] * 100) == 99, "of the first nobody knows how long it took"
+    assert heard([{"a": 300}] * 100) == 0, "a prompt in chunks"
+    assert heard([{f"r{number}": 1} for number in range(100)]) == 0, "nobody was there before: the engine was idle"
 
 
 # A step without drafts
@@ -830,19 +903,27 @@ def test_what_is_patched_is_as_it_was():
         patch.check()
 
 
-def config(method="ngram_gpu", adaptive=True, world=1, additional=None):
+def config(method="ngram_gpu", adaptive=True, world=1, executor="uni", additional=None):
     return SimpleNamespace(
         speculative_config=SimpleNamespace(method=method, enable_adaptive_verification=adaptive),
-        parallel_config=SimpleNamespace(world_size=world),
+        parallel_config=SimpleNamespace(world_size=world, distributed_executor_backend=executor),
         model_config=SimpleNamespace(max_model_len=4096),
         additional_config=additional,
     )
 
 
-@pytest.mark.parametrize("wrong", [{"method": "ngram"}, {"adaptive": False}, {"world": 2}])
-def test_what_cannot_be_is_refused(wrong):
+WRONG = [{"method": "ngram"}, {"adaptive": False}, {"world": 2}, {"executor": "mp"}, {"executor": "ray"}]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_cannot_be_is_refused(wrong, monkeypatch):
+    applied = []
+    monkeypatch.setattr(gpu_drafting, "_apply", lambda: applied.append(wrong))
+    gpu_drafting.install(config())
+    assert applied.pop() == wrong
     with pytest.raises(gpu_drafting.UnsupportedVllmError):
         gpu_drafting.install(config(**wrong))
+    assert not applied
 
 
 def test_it_is_asked_for():

@@ -6,6 +6,7 @@ The model is a table of logits by the last two tokens, so that a whole engine fi
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
@@ -15,12 +16,13 @@ pytest.importorskip("vllm", reason="these are vLLM's samplers")
 import torch
 from vllm.utils import cpu_triton_utils
 from vllm.v1.sample import rejection_sampler
-from vllm.v1.sample.logits_processor import LogitsProcessors
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessors
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
+from vllm.v1.sample.thinking_budget_state import ThinkingBudgetStateHolder
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-from seer_servers.plugin import seeds, verification
+from seer_servers.plugin import drafting, seeds, verification
 from tests.chisquare import p_value
 
 if TYPE_CHECKING:
@@ -79,6 +81,7 @@ def sampling(prompts: list[list[int]], outputs: list[list[int]], drafts: list[li
         bad_words_token_ids=dict.fromkeys(range(rows), opt["bad_words"]) if "bad_words" in opt else {},
         logitsprocs=LogitsProcessors(),
         spec_token_ids=drafts,
+        thinking_budget_state_holder=opt.get("budgets"),
     )
 
 
@@ -104,16 +107,25 @@ class Tiny:
         rows = [
             model(text + draft[:i]) for text, draft in zip(texts, drafts, strict=True) for i in range(len(draft) + 1)
         ]
-        spec = drafts if any(drafts) else None
-        metadata = sampling(self.prompts, self.outputs, spec, generators=self.generators, **self.options)
-        if spec is None:
-            out = self.sampler(torch.stack(rows), metadata)
+        metadata = sampling(self.prompts, self.outputs, drafts, generators=self.generators, **self.options)
+        flat = torch.tensor([token for draft in drafts for token in draft], dtype=torch.int32)
+        out = self._sample(torch.stack(rows), metadata, described(drafts, flat))
+        if not any(drafts):
             self._keep([[int(token)] for (token,) in out.sampled_token_ids], out.logprobs_tensors.tolists().logprobs)
             return
-        flat = torch.tensor([token for draft in drafts for token in draft], dtype=torch.int32)
-        out = self.rejection(described(drafts, flat), None, torch.stack(rows), metadata)
         tokens, lists = self.rejection.parse_output(out.sampled_token_ids, VOCAB, logprobs_tensors=out.logprobs_tensors)
         self._keep(tokens, lists.logprobs)
+
+    def _sample(self, logits: torch.Tensor, metadata: Any, spec: Any) -> Any:
+        """What vLLM's runner does, with our patch around it."""
+
+        def sample(_: Any, logits: torch.Tensor, spec: Any) -> Any:
+            return self.rejection(spec, None, logits, metadata) if spec else self.sampler(logits, metadata)
+
+        (patch,) = (patch for patch in drafting.v1_patches(object) if patch.name == "_sample")
+        batch = SimpleNamespace(thinking_budget_state_holder=self.options.get("budgets"))
+        runner = SimpleNamespace(drafter=SimpleNamespace(prepare=None), input_batch=batch)
+        return patch.around(sample)(runner, logits, spec)
 
     def _keep(self, tokens: list[list[int]], logprobs: Any) -> None:
         at = 0
@@ -180,6 +192,40 @@ def test_a_seed_that_is_not_keyed_by_position_gives_the_same_too(patched: None, 
     truth = tiny(lambda *_: [])
     drafted = tiny(lambda row, at: [*truth.outputs[row][at : at + row], 0])
     assert [output[:40] for output in drafted.outputs] == [output[:40] for output in truth.outputs]
+
+
+THINK, DONE = 20, 21
+BUDGETS = (None, 3, 7, 5)  # tokens; the first request may think as long as it likes
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 1000])
+def test_thinking_ends_where_its_budget_does(patched: None, every: int) -> None:
+    """With drafts in one of so many steps. The model itself never says that it has done with thinking."""
+
+    def thinking(drafted: int, guess: Callable[[int, int], list[int]]) -> list[list[int]]:
+        marks = SimpleNamespace(reasoning_start_token_ids=[THINK], reasoning_end_token_ids=[DONE])
+        budgets = ThinkingBudgetStateHolder(marks, 4, drafted, CPU, is_pin_memory=False)
+        tiny = Tiny("raw_logprobs", {"bad_words": [[THINK], [DONE]], "budgets": budgets})
+        tiny.prompts = [[*prompt, THINK] for prompt in tiny.prompts]
+        asked = [SimpleNamespace(thinking_token_budget=budget) for budget in BUDGETS]
+        rows = zip(range(4), asked, tiny.prompts, tiny.outputs, strict=True)
+        budgets.sync_batch(BatchUpdate(batch_size=4, removed=[], added=list(rows), moved=[]))
+        tiny.step([[]] * 4)  # a prompt's step has no drafts
+        for step in range(1, 40):
+            tiny.step([guess(row, len(tiny.outputs[row])) if step % every == 0 else [] for row in range(4)])
+        return tiny.outputs
+
+    truth = thinking(0, lambda *_: [])
+    for output, budget in zip(truth, BUDGETS, strict=True):
+        assert [place for place, token in enumerate(output) if token == DONE] == ([] if budget is None else [budget])
+    noise = torch.Generator().manual_seed(every)
+
+    def guess(row: int, at: int) -> list[int]:
+        count, spoilt = torch.randint(0, 6, (2,), generator=noise).tolist()
+        return [(token + (i == spoilt)) % VOCAB for i, token in enumerate(truth[row][at : at + count])]
+
+    for drafted, plain in zip(thinking(5, guess), truth, strict=True):
+        assert drafted[: len(plain)] == plain[: len(drafted)]
 
 
 def test_a_padding_draft_is_never_accepted(patched: None) -> None:

@@ -1,12 +1,14 @@
 """A process's line to the draft server: hand over tokens and groups, take what others have added, never wait.
 
 Everything that takes time happens in one daemon thread, which owns the socket and a `Replica`. Invariants: no call here
-blocks or raises, whether the server is there, away or new; queues are bounded, and what they cannot hold is counted; a
-process that was forked or spawned gets a thread and a replica of its own, with its first call.
+blocks or raises, whether the server is there, away or new; the thread goes on, whatever a server sends; queues are
+bounded, and what they cannot hold is counted; a process that was forked or spawned gets a thread and a replica of its
+own, with its first call.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -29,6 +31,8 @@ IDLE_FETCH_S = 0.5  # and when none do
 MAX_INBOX = 65_536  # additions: hundreds of steps of a batch of 256
 MAX_OUTBOX = 16_384  # increments that nobody took; then nothing is fetched until somebody does
 SWEEP_S = 5.0
+
+logger = logging.getLogger("vllm.seer")  # it runs in vLLM's processes, and is of use without vLLM
 
 
 class DraftClient:
@@ -54,6 +58,7 @@ class DraftClient:
         self._outbox: deque[Increment] = deque()
         self._wants = False
         self._dropped = 0
+        self._failures = 0
         self._cpu_s = 0.0
         self._link = Link()
         self._replica = Replica()
@@ -95,7 +100,8 @@ class DraftClient:
 
         `sync_connected` is 1 while the server answers; `sync_boots` the lives of the server that were met;
         `sync_dropped` additions that found the queue full, `sync_invalid` that made no sense, `sync_gaps` that began
-        behind what is known; `sync_refused` tokens without room in this process; `sync_cpu_s` the thread's CPU time.
+        behind what is known; `sync_malformed` what the server sent that are no tokens; `sync_failures` errors of the
+        thread; `sync_refused` tokens without room in this process; `sync_cpu_s` the thread's CPU time.
         """
         link, replica = self._link, self._replica
         return {
@@ -108,6 +114,8 @@ class DraftClient:
             "sync_dropped": self._dropped,
             "sync_invalid": replica.invalid,
             "sync_gaps": replica.gaps,
+            "sync_malformed": replica.malformed,
+            "sync_failures": self._failures,
             "sync_refused": replica.logs.refused_tokens,
             "sync_messages": link.messages,
             "sync_timeouts": link.timeouts,
@@ -136,14 +144,22 @@ class DraftClient:
         swept = time.monotonic()
         with self._link.open(self._address):
             while not self._ended.wait(self._batch_s):
-                if pace.due() and len(self._outbox) < MAX_OUTBOX:
-                    self._replica.ask(fetch=self._wants)
-                taken, news = self._take(), self._exchange()
-                pace.flows = taken or news
+                try:
+                    self._round(pace)
+                except Exception:
+                    self._failures += 1
+                    if self._failures == 1:  # the same may come again with every round
+                        logger.exception("Seer drafting: an exchange with the draft server failed; it is tried again.")
                 if time.monotonic() - swept > SWEEP_S:
                     self._replica.expire()
                     swept = time.monotonic()
                 self._cpu_s = time.thread_time()
+
+    def _round(self, pace: _Pace) -> None:
+        if pace.due() and len(self._outbox) < MAX_OUTBOX:
+            self._replica.ask(fetch=self._wants)
+        taken, news = self._take(), self._exchange()
+        pace.flows = taken or news
 
     def _take(self) -> bool:
         """Move what was handed over into the replica; whether there was anything."""

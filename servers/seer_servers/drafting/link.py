@@ -86,7 +86,7 @@ class Link:
             message = b"".join(socket.recv_multipart())
             self.bytes_in += len(message)
             self.largest_in = max(self.largest_in, len(message))
-            with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
+            with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
                 reply = reply_decoder.decode(message)
                 if reply.serial == serial:
                     return reply

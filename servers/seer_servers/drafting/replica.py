@@ -21,7 +21,6 @@ from seer_servers.drafting.tokenlog import MAX_TOKENS, Outcome, TokenLogs
 from seer_servers.drafting.wire import (
     BATCH_TOKENS,
     MAX_COUNT,
-    MAX_NAME,
     MAX_TTL_S,
     TOKEN_BYTES,
     Counts,
@@ -33,6 +32,7 @@ from seer_servers.drafting.wire import (
     Reply,
     Request,
     Update,
+    is_name,
     pack,
 )
 
@@ -61,6 +61,7 @@ class Replica:
         self.logs = TokenLogs(max_tokens, clock)
         self.invalid = 0  # additions with impossible names, positions or tokens
         self.gaps = 0  # additions that began behind what is known
+        self.malformed = 0  # increments from the server that are no tokens
         self.boots = 0  # lives of the server that were met
         self.sent_tokens = 0
         self.fetched_tokens = 0
@@ -78,7 +79,7 @@ class Replica:
 
     def register(self, group: str, ttl_s: float) -> None:
         """Keep a group here and on the server for `ttl_s` seconds after its last use."""
-        if not _is_name(group) or not 0 < ttl_s <= MAX_TTL_S:
+        if not is_name(group) or not 0 < ttl_s <= MAX_TTL_S:
             self.invalid += 1
             return
         self.logs.register(group, ttl_s)
@@ -93,7 +94,7 @@ class Replica:
             start, data = index(position), pack(tokens)
         except (struct.error, TypeError):
             start, data = 0, b""
-        if not data or not 0 <= start <= MAX_COUNT or not _is_name(group) or not _is_name(request):
+        if not data or not 0 <= start <= MAX_COUNT or not is_name(group) or not is_name(request):
             self.invalid += 1
             return
         outcome = self.logs.append(group, request, start, data)
@@ -214,6 +215,9 @@ class Replica:
         return [increment for increment in news if increment is not None]
 
     def _added(self, group: str, request: str, position: int, data: bytes) -> Increment | None:
+        if len(data) % TOKEN_BYTES:
+            self.malformed += 1
+            return None
         have = self.logs.length(group, request)
         outcome = self.logs.append(group, request, position, data)
         if outcome is Outcome.FULL:
@@ -223,8 +227,3 @@ class Replica:
         tokens = np.frombuffer(data, "<i4")[have - position :].astype(np.int32)
         self.fetched_tokens += len(tokens)
         return Increment(group, request, have, tokens)
-
-
-def _is_name(name: object) -> bool:
-    """Whether a name can travel; unprintable ones may not even be UTF-8."""
-    return isinstance(name, str) and 0 < len(name) <= MAX_NAME and name.isprintable()

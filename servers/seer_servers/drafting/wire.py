@@ -108,6 +108,11 @@ request_decoder: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Requ
 reply_decoder: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
 
 
+def is_name(name: object) -> bool:
+    """Whether a name can travel; unprintable ones may not even be UTF-8."""
+    return isinstance(name, str) and 0 < len(name) <= MAX_NAME and name.isprintable()
+
+
 def pack(tokens: Sequence[int]) -> bytes:
     """Return token ids as bytes; raises struct.error if one is not an int32."""
     return struct.pack(f"<{len(tokens)}i", *tokens)

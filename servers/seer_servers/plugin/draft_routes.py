@@ -22,7 +22,7 @@ router = APIRouter(prefix="/v1/seer/drafts")
 
 MAX_TOKENS = 1 << 20  # in one update
 GROUPS_SHOWN = 32  # on /metrics
-_GAUGES = {"groups", "tokens"}
+_GAUGES = {"groups", "tokens", "bytes", "references", "sync_connected", "sync_groups", "sync_bytes"}  # these may fall
 _TOKENS = ("drafted", "accepted")  # by position, and in this order behind the drafts of a group
 
 
@@ -45,7 +45,10 @@ class UpdateBody(BaseModel):
 
 
 class ConfigBody(BaseModel):
-    """Settings to change; what is left out stays. Without `adaptive`, drafts are verified whether they gain or not."""
+    """Settings to change; what is left out stays. Without `adaptive`, drafts are verified whether they gain or not.
+
+    On a GPU there is `enabled` alone.
+    """
 
     model_config = ConfigDict(extra="forbid")
     enabled: bool | None = None

@@ -1,10 +1,14 @@
 """What the drafter counts, and how the API process sees it.
 
 The worker writes its counts to a file of its own now and then (a rename, so never half a page); asking the worker would
-stop the engine for a step. Counts are totals since the engine's start.
+stop the engine for a step. Counts are totals since the engine's start. Of several workers (ranks that draft alike, or
+data-parallel ones behind one API process) the first that comes writes.
+
+Invariant: nothing that goes wrong with the file reaches the engine.
 """
 
 import atexit
+import fcntl
 import json
 import os
 import shutil
@@ -12,7 +16,11 @@ import tempfile
 import time
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from vllm.logger import init_logger
+
+logger = init_logger("vllm.seer")
 
 STATS_ENV = "SEER_DRAFT_STATS"  # set by the API process for its workers
 PUBLISH_S = 0.5
@@ -31,7 +39,6 @@ class DraftStats:
         self._accepted: list[int] = []
         self._requests = 0  # drafts verified, one a request and step
         self._groups: dict[str, list[int]] = {}  # [verified drafts, drafted tokens, accepted tokens]
-        self._published = 0.0
 
     def step(self, seconds: float, *, off: bool, switch_offs: int) -> None:
         """Count a step that the drafter took `seconds` of."""
@@ -67,21 +74,47 @@ class DraftStats:
             "by_group": self._groups,
         }
 
-    def publish(self, **more: Any) -> None:
-        """Show the counts, and `more`, to the API process."""
+
+class Publisher:
+    """Shows one drafter's counts to the API process, twice a second at most."""
+
+    def __init__(self) -> None:
         path = os.environ.get(STATS_ENV)
+        self._path = Path(path) if path else None
+        self._published = 0.0
+        self._lock: IO[str] | None = None  # kept open: closed, it is another's
+        self._failed = False
+
+    def due(self) -> bool:
+        """Whether it is time for a page; then the next pause begins."""
         now = time.monotonic()
-        if path and now - self._published >= PUBLISH_S:
-            self._published = now
-            write_page(Path(path), self.page() | more)
+        if self._path is None or now - self._published < PUBLISH_S:
+            return False
+        self._published = now
+        return True
 
+    def publish(self, page: dict[str, Any]) -> None:
+        """Replace the page, unless another process writes it; a disk that is full costs the counts, not the engine."""
+        assert self._path is not None, "due() comes first"
+        try:
+            self._path.parent.mkdir(mode=0o700, exist_ok=True)
+            if self._is_mine(self._path):
+                temporary = self._path.with_suffix(".new")
+                temporary.write_text(json.dumps(page), encoding="utf-8")
+                temporary.replace(self._path)
+        except OSError as error:
+            if not self._failed:
+                logger.warning("Seer drafting: its counts cannot be shown (%s); drafting goes on.", error)
+            self._failed = True
 
-def write_page(path: Path, page: dict[str, Any]) -> None:
-    """Replace the page."""
-    path.parent.mkdir(mode=0o700, exist_ok=True)
-    temporary = path.with_suffix(".new")
-    temporary.write_text(json.dumps(page), encoding="utf-8")
-    temporary.replace(path)
+    def _is_mine(self, path: Path) -> bool:
+        """Whether this process writes the page: the first that asks, until it ends."""
+        self._lock = self._lock or path.with_suffix(".lock").open("w", encoding="utf-8")
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
 
 
 def read_page() -> dict[str, Any] | None:
@@ -89,7 +122,7 @@ def read_page() -> dict[str, Any] | None:
     path = os.environ.get(STATS_ENV)
     try:
         page: dict[str, Any] | None = json.loads(Path(path).read_text(encoding="utf-8")) if path else None
-    except FileNotFoundError:
+    except OSError:
         return None
     return page
 

@@ -24,9 +24,9 @@ from seer_async.drafting.index import GroupIndex, Lookup, Path
 from seer_async.drafting.steptime import Profile, StepTime
 from seer_servers.drafting.address import ADDRESS_ENV
 from seer_servers.drafting.client import DraftClient
-from seer_servers.plugin.draft_stats import DraftStats
+from seer_servers.plugin.draft_stats import DraftStats, Publisher
 from seer_servers.plugin.kinship import kinship_of
-from seer_servers.plugin.marker import SEER_PROMPT_LEN
+from seer_servers.plugin.marker import original_prompt_len
 
 logger = init_logger("vllm.seer")
 
@@ -40,14 +40,15 @@ PROFILE_ROUNDS = 3
 
 
 class Row:
-    """One request while it runs here."""
+    """One request while it runs here. One whose prompt is of embeddings takes no part: its text is not known."""
 
     def __init__(self, request_id: str, state: Any) -> None:
         params = state.sampling_params
-        extra = params.extra_args or {}
-        prompt: list[int] = state.prompt_token_ids
-        self.prompt_len = min(int(extra.get(SEER_PROMPT_LEN, len(prompt))), len(prompt))
-        self.group, self.request, self.weight = kinship_of(request_id, prompt[: self.prompt_len], extra)
+        prompt: list[int] = state.prompt_token_ids or []
+        self.takes_part = bool(prompt)
+        self.prompt_len = original_prompt_len(params, prompt) or len(prompt)
+        kinship = kinship_of(request_id, prompt[: self.prompt_len], params.extra_args or {})
+        self.group, self.request, self.weight = kinship
         self.longest = len(prompt) + (params.max_tokens or 1 << 60)
         self.shortest = len(prompt) + params.min_tokens
         self.stops: set[int] = set() if params.ignore_eos else set(params.all_stop_token_ids)
@@ -85,6 +86,7 @@ class GroupedDrafter:
         self.acceptance = Acceptance()
         self.budget = Budget(StepTime())
         self.stats = DraftStats()
+        self._publisher = Publisher()
         address = os.environ.get(ADDRESS_ENV)
         self.client = (
             DraftClient(address, name=f"engine-{os.getpid()}", batch_s=SEND_S, fetch_s=FETCH_S) if address else None
@@ -165,6 +167,8 @@ class GroupedDrafter:
         if row is None:
             state = self._runner.requests[request_id]
             row = self._rows[request_id] = Row(request_id, state)
+            if not row.takes_part:
+                return row
             row.known = self.groups.length(row.group, row.request)  # of earlier chunks
             self.groups.add(row.group, "prompt", 0, state.prompt_token_ids[: row.prompt_len])
             if self.client:
@@ -193,7 +197,7 @@ class GroupedDrafter:
     def _take_in(self, batch: list[Decoding], sampled: list[list[int]], tokens: NDArray[np.int32]) -> None:
         drafted: dict[str, list[int]] = self._scheduled.scheduled_spec_decode_tokens
         ids: list[str] = self._runner.input_batch.req_ids
-        for place, row, length in batch:
+        for place, row, length in (one for one in batch if one.row.takes_part):
             self._judge(row, len(drafted.get(ids[place], ())), len(sampled[place]) - 1)
             new = _until_stop(tokens[place, row.prompt_len + row.known : length], row.stops)
             self.groups.add(row.group, row.request, row.known, new)
@@ -201,7 +205,8 @@ class GroupedDrafter:
                 self.client.update(row.group, row.request, row.known, new.tolist())
             row.known = max(row.known, length - row.prompt_len)
         for other in self.client.fetched() if self.client else ():
-            if int(other.tokens.max()) < self._vocabulary:  # what others send is not to be trusted
+            # What others send is not to be trusted.
+            if other.tokens.min() >= 0 and other.tokens.max() < self._vocabulary:
                 self.groups.add(other.group, other.request, other.prev_token_count, other.tokens)
 
     def _judge(self, row: Row, verified: int, accepted: int) -> None:
@@ -225,7 +230,7 @@ class GroupedDrafter:
     def _propose(self, decoding: Decoding, tokens: NDArray[np.int32]) -> Path | None:
         place, row, length = decoding
         room = row.room(length, self._model_len)
-        if not room:
+        if not room or not row.takes_part:
             return None
         tail = tokens[place, max(0, length - self.lookup.pattern_lookup_max) : length]
         path = self.groups.propose(row.group, tail, self.lookup)
@@ -235,13 +240,16 @@ class GroupedDrafter:
         for request_id in self._rows.keys() - self._runner.requests.keys():
             del self._rows[request_id]
         self.groups.trim()
-        self.stats.publish(
-            groups=len(self.groups),
-            tokens=self.groups.tokens,
-            step_ms=self.budget.times.parameters(),
-            acceptance=self.acceptance.table(),
-            **(self.client.stats() if self.client else {}),
-        )
+        if self._publisher.due():
+            now = {
+                "groups": len(self.groups),
+                "tokens": self.groups.tokens,
+                "bytes": self.groups.nbytes,
+                "groups_forgotten": self.groups.forgotten,
+                "step_ms": self.budget.times.parameters(),
+                "acceptance": self.acceptance.table(),
+            }
+            self._publisher.publish(self.stats.page() | now | (self.client.stats() if self.client else {}))
 
 
 def _until_stop(tokens: NDArray[np.int32], stops: set[int]) -> NDArray[np.int32]:

@@ -1,15 +1,16 @@
 """Where the grouped drafter meets vLLM: what it is told of each step, and what an engine lets others ask of it.
 
-Only `custom_class` engines with our drafter are touched. The cache salt, which vLLM keeps from its workers, travels to
-them in the request's extra arguments, so that requests without metadata are grouped by prompt and salt.
+Steps are touched only on `custom_class` engines with our drafter. The cache salt, which vLLM keeps from its workers,
+travels to them in the request's extra arguments, so that requests without metadata are grouped by prompt and salt: on
+every engine with the plug-in, because the place where that is done does not know whether the engine drafts. Nobody else
+reads it.
 """
 
 import copy
 from typing import Any
 
+from seer_servers.plugin.kinship import SALT
 from seer_servers.plugin.patching import Function, Patch
-
-SALT = "seer_salt"
 
 PROPOSE = (
     "self",
@@ -87,11 +88,20 @@ def _around_fits(fits: Function) -> Function:
 
 
 def _around_sample(sample: Function) -> Function:
-    """A step without a draft is sampled as one of an engine that never drafts: its logits are the same rows."""
+    """A step without a draft is sampled as one of an engine that never drafts: its logits are the same rows.
+
+    vLLM's thinking budgets must be told so: on an engine that drafts they take each request's rows to be as many as its
+    drafts, none, and put the end of anybody's thinking into row 0.
+    """
 
     def _sample(runner: Any, logits: Any, spec_decode_metadata: Any) -> Any:
-        plain = spec_decode_metadata is not None and not any(spec_decode_metadata.num_draft_tokens)
-        return sample(runner, logits, None if plain and ours(runner) else spec_decode_metadata)
+        if not ours(runner):
+            return sample(runner, logits, spec_decode_metadata)
+        drafted = spec_decode_metadata is not None and any(spec_decode_metadata.num_draft_tokens)
+        budgets = runner.input_batch.thinking_budget_state_holder
+        if budgets is not None:
+            budgets.in_spec_mode = drafted
+        return sample(runner, logits, spec_decode_metadata if drafted else None)
 
     return _sample
 
@@ -101,7 +111,7 @@ def _around_request(from_request: Any) -> Any:
         data = from_request(request, *args, **kwargs)
         if data.sampling_params is not None and request.cache_salt:
             data.sampling_params = copy.copy(data.sampling_params)
-            data.sampling_params.extra_args = {SALT: request.cache_salt} | (data.sampling_params.extra_args or {})
+            data.sampling_params.extra_args = (data.sampling_params.extra_args or {}) | {SALT: request.cache_salt}
         return data
 
     return _from_request
@@ -109,9 +119,10 @@ def _around_request(from_request: Any) -> Any:
 
 def configure(runner: Any, changes: dict[str, Any]) -> dict[str, Any]:
     """Change the drafter's settings and return them all, or {"status", "error"}; for `collective_rpc`."""
-    if not ours(runner):
+    proposers = (getattr(runner, name, None) for name in ("drafter", "speculator"))  # of either runner
+    drafter = next((each for each in proposers if hasattr(each, "settings")), None)  # vLLM's own have none
+    if drafter is None:
         return {"status": 404, "error": "This engine was started without grouped drafting."}
-    drafter = runner.drafter
     try:
         drafter.configure(**changes)
     except ValueError as error:

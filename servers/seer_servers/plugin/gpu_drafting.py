@@ -44,6 +44,8 @@ def install(config: Any) -> None:
         raise UnsupportedVllmError('grouped drafting needs method "ngram_gpu" with enable_adaptive_verification')
     if parallel.world_size > 1:
         raise UnsupportedVllmError("grouped drafting is not tried with more than one GPU per engine")
+    if parallel.distributed_executor_backend != "uni":  # the switch is the scheduler's, in whose process this must be
+        raise UnsupportedVllmError("grouped drafting needs the worker in the engine's process (executor backend uni)")
     if config.model_config.max_model_len >= LONGEST_ROW:
         raise UnsupportedVllmError("grouped drafting does not reach so long a context")
     _apply()
@@ -70,7 +72,7 @@ def patches() -> tuple[Patch, ...]:
 def _around_init(_: Function) -> Function:
     def init_speculator(*arguments: Any) -> GroupedSpeculator:
         speculator = GroupedSpeculator(*arguments)
-        gpu_switch.listen_to(speculator.outlook)
+        gpu_switch.listen_to(speculator)
         return speculator
 
     return init_speculator

@@ -58,6 +58,7 @@ class Siblings:
         self.born: set[int] = set()  # groups that have got a number which may have been another's; the reader clears it
         self._begins: dict[int, int] = {}  # by row: what `_starts` is to say
         self._joined: dict[int, int] = {}  # by slot: its group, likewise
+        self._arrived: dict[int, tuple[int, list[int]]] = {}  # by reference: a place in its row, and the tokens there
         self._dirty = False
 
         def table(*size: int) -> StagedWriteTensor:
@@ -118,22 +119,27 @@ class Siblings:
         if row is None and before == 0:
             row = self._reference(name, len(group.prompt_end))
             self._known[row] = 0
-            self._write(row, 0, group.prompt_end, length=len(group.prompt_end))
+            self._arrived[row] = 0, list(group.prompt_end)
         if row is None or row < self._slots or before > self._known.get(row, before):
             return  # runs here, or its beginning is missing
-        origin = self._origins[row]
-        tokens = tokens[: max(0, self._longest - origin - before)]
-        if not tokens.size:
-            return  # the row is full
-        self._known[row] = max(self._known.get(row, 0), before + len(tokens))
-        self._write(row, origin + before, tokens.tolist(), length=origin + self._known[row])
+        origin, known = self._origins[row], self._known.get(row, before)
+        new = tokens[known - before : max(0, self._longest - origin - before)].tolist()
+        if not new:
+            return  # nothing is, or the row is full
+        self._known[row] = known + len(new)
+        self._arrived.setdefault(row, (origin + known, []))[1].extend(new)
+        self._dirty = True
 
     def refresh(self) -> None:
         """Bring the GPU up to date. At most once a step: vLLM's staging buffers are few.
 
-        It may be left for later while nothing is looked up; what `receive` brings must not wait, because `retire`
-        writes to the same rows at once.
+        It may be left for later while nothing is looked up. vLLM applies staged writes all at once and in no order, so
+        each place is staged once.
         """
+        for row, (place, tokens) in self._arrived.items():
+            self._tokens.stage_write(row - self._slots, place, tokens)
+            self._lengths.stage_write_elem(row - self._slots, place + len(tokens))
+        self._arrived.clear()
         for table, values in ((self._starts, self._begins), (self._of_slot, self._joined)):
             for row, value in values.items():
                 table.stage_write_elem(row, value)
@@ -150,11 +156,6 @@ class Siblings:
             self._dirty = False
             for table in (self._tokens, self._lengths, self._starts, self._of_slot, self._members, self._counts):
                 table.apply_write()
-
-    def _write(self, row: int, place: int, tokens: Sequence[int], *, length: int) -> None:
-        self._tokens.stage_write(row - self._slots, place, tokens)
-        self._lengths.stage_write_elem(row - self._slots, length)
-        self._dirty = True
 
     def _row(self, name: Name) -> int | None:
         group = self._groups.get(name.group)
@@ -193,4 +194,5 @@ class Siblings:
         self._leave(row)
         del self._origins[row]
         self._known.pop(row, None)
+        self._arrived.pop(row, None)
         self._free.append(row)

@@ -11,14 +11,13 @@ before, never on the draw that it is about.
 
 import os
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
-from seer_servers.plugin.draft_stats import MAX_GROUPS, PUBLISH_S, STATS_ENV, write_page
+from seer_servers.plugin.draft_stats import MAX_GROUPS, Publisher
 from seer_servers.plugin.gpu_kernels import (
     GONE,
     KINDS,
@@ -67,6 +66,7 @@ class GroupedSpeculator(BaseSpeculator):  # type: ignore[misc]  # vLLM has no ty
     def __init__(self, vllm_config: Any, device: torch.device, req_states: Any) -> None:
         spec = vllm_config.speculative_config
         slots, steps = req_states.max_num_reqs, spec.num_speculative_tokens
+        self.enabled = True  # drafting is allowed (see `gpu_switch`)
         self.idle = True  # whether the last step went without drafts
         self.siblings = Siblings(req_states, vllm_config.model_config.get_vocab_size())
         self.running: dict[str, Running] = {}
@@ -100,6 +100,16 @@ class GroupedSpeculator(BaseSpeculator):  # type: ignore[misc]  # vLLM has no ty
         self._counts = zeros(2, KINDS, steps)
         self._rates = self._prior.clone()
         self._page = Page(self._totals, self.siblings)
+
+    def settings(self) -> dict[str, Any]:
+        """What `configure` can change."""
+        return {"enabled": self.enabled}
+
+    def configure(self, *, enabled: bool | None = None, **other: Any) -> None:
+        """Change settings; raises ValueError if there are others, and then changes none."""
+        if other:
+            raise ValueError(f"On a GPU only enabled can be changed, not {', '.join(other)}.")
+        self.enabled = self.enabled if enabled is None else enabled
 
     def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
         """Nothing here runs in a CUDA graph."""
@@ -266,12 +276,12 @@ class Page:
 
     def __init__(self, totals: Totals, siblings: Siblings) -> None:
         self.steps = 0
-        self._path = os.environ.get(STATS_ENV)
+        self._publisher = Publisher()
         self._gpu, self._siblings = totals, siblings
         self._totals = Totals(*(torch.zeros(of.shape, dtype=of.dtype, pin_memory=of.is_cuda) for of in totals))
         self._groups: dict[str, int] = {}  # the rows of `by_group` on its way
         self._off, self._turns, self._was_off = 0, 0, False
-        self._seconds = self._published = 0.0
+        self._seconds = 0.0
 
     def step(self, seconds: float, *, off: bool, references: int) -> None:
         """Count a step that the drafter took `seconds` of."""
@@ -280,9 +290,8 @@ class Page:
         self._turns += off and not self._was_off
         self._was_off = off
         self._seconds += seconds
-        if self._path and time.monotonic() - self._published >= PUBLISH_S:
-            self._published = time.monotonic()
-            write_page(Path(self._path), self._counts() | {"references": references})
+        if self._publisher.due():
+            self._publisher.publish(self._counts() | {"references": references})
             for here, there in zip(self._totals, self._gpu, strict=True):
                 here.copy_(there, non_blocking=True)
             born = self._siblings.born  # their rows are still others'

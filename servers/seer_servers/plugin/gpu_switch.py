@@ -7,7 +7,7 @@ without speculation. Steps that mainly prefill, and the time an engine is idle, 
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -20,16 +20,27 @@ FEW_PREFILLED = 8  # one token in so many may be of a prompt
 UPDATE = ("self", "scheduler_output", "model_runner_output")
 
 
-_heard: list[Outlook] = []  # in this process: the worker's, which on one GPU is the scheduler's process too
+class Drafter(Protocol):
+    """What the switch asks of the speculator: what drafts would bring, and whether an operator lets it draft."""
+
+    outlook: Outlook
+    enabled: bool
 
 
-def listen_to(outlook: Outlook) -> None:
-    """Let the switch know what drafts would bring."""
-    _heard[:] = [outlook]
+_heard: list[Drafter] = []  # in this process: the worker's, which on one GPU is the scheduler's process too
+
+
+def listen_to(drafter: Drafter) -> None:
+    """Let the switch know the engine's speculator."""
+    _heard[:] = [drafter]
 
 
 def _guess() -> float | None:
-    return _heard[0].brings if _heard else None
+    return _heard[0].outlook.brings if _heard else None
+
+
+def _enabled() -> bool:
+    return not _heard or _heard[0].enabled
 
 
 class Switch:
@@ -42,7 +53,7 @@ class Switch:
 
     def __getitem__(self, requests: int) -> int:
         """Tokens to draft for each of `requests`."""
-        if not self.duel(requests).drafting:
+        if not _enabled() or not self.duel(requests).drafting:
             return 0
         return max(0, min(self._most, self._step_tokens // requests - 1))
 

@@ -88,8 +88,9 @@ def _shaped(sampler: Any, metadata: Any, logits: torch.Tensor, sampling: Any) ->
     """
     drafted, last = logits.split((len(logits) - len(metadata.num_draft_tokens), len(metadata.num_draft_tokens)))
     # Mostly there is nothing to do, and what comes back is the rows themselves: then nothing is copied.
-    drafted.copy_(sampler.apply_logits_processors(drafted, sampling, metadata))
+    # The rows behind the drafts first, as vLLM does it: in that pass a thinking budget finds out where it ends.
     last.copy_(sampler.sampler.apply_logits_processors(last, sampling, predict_bonus_token=True))
+    drafted.copy_(sampler.apply_logits_processors(drafted, sampling, metadata))
     return logits
 
 
