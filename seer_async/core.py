@@ -178,7 +178,7 @@ class Core:
                 self.closing = "aborted"
                 self._take_back(list(self.calls))
             case InputClosed():
-                self.buffer.closed = True
+                self.responses.close()
             case Woke():
                 self._woken_at = None
                 self.buffer.unpark()

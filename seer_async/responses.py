@@ -112,9 +112,15 @@ class Responses:
         if request.first_start is None:
             request.first_start = record.chunk.start
         request.finish_reason, request.stop_reason = record.finish_reason, record.stop_reason
-        if request.finish_reason is None and request.generated >= request.group.limit:
-            request.finish_reason = "length"  # today's engines have a shorter context than those before
         self._go_on(request, emit=not event.emitted)
+
+    def close(self) -> None:
+        """No more groups or records come: what is at its limit ends, if today's contexts are shorter than before."""
+        self._buffer.closed = True
+        for request in self._buffer.unfinished():
+            if request.generated >= request.group.limit:
+                request.finish_reason = "length"
+                self._go_on(request)
 
     def put_back(self, request: Request) -> None:
         """It waits for its next call, unless it was to end with the one before."""
