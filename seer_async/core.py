@@ -140,6 +140,10 @@ class Core:
 
     def _take(self, event: Event) -> None:  # noqa: C901, PLR0912 - one arm for each event
         match event:
+            case EngineUp() | EngineDown() | EngineReport() | EngineHeld() | EngineRemoved() if (
+                event.engine not in self.instances
+            ):
+                pass  # it was removed meanwhile
             case ChunkFinished():
                 self._chunk_finished(event)
             case ChunkFailed():
