@@ -173,12 +173,7 @@ class Shell:
             for command in self._core.handle_all(events, now):
                 self._execute(command, now)
         except OSError as error:
-            self._stopped.set_exception(
-                StorageError(
-                    f"cannot write {self._sink.name}: {error.strerror or error}; make room, then continue with "
-                    f"--resume {self._sink.name}"
-                )
-            )
+            self._stopped.set_exception(StorageError.of(self._sink.name, error))
         except Exception as error:  # noqa: BLE001 - a defect ends the run instead of leaving it hanging
             self._stopped.set_exception(error)
 
@@ -302,7 +297,7 @@ class Shell:
                     synced = snapshot.now
             except OSError as error:
                 if not self._stopped.done():
-                    self._stopped.set_exception(StorageError(f"cannot write {self._sink.name}: {error.strerror}"))
+                    self._stopped.set_exception(StorageError.of(self._sink.name, error))
                 return
             await asyncio.sleep(output.metrics_s)
 
