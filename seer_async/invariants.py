@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 def check(core: Core) -> None:
     """Raise AssertionError where the core contradicts itself."""
     _check_counts(core)
+    _check_groups(core)
     _check_calls(core)
     _check_room(core)
     for request in core.buffer.requests.values():
@@ -27,6 +28,12 @@ def _check_counts(core: Core) -> None:
     for state, count in core.buffer.counts.items():
         actual = sum(r.state is state for r in core.buffer.requests.values())
         assert actual == count, f"{count} requests counted as {state}, {actual} are"
+
+
+def _check_groups(core: Core) -> None:
+    for group in core.buffer.groups.values():
+        actual = sum(request.state not in TERMINAL for request in group.requests)
+        assert group.open == actual, f"{group.open} requests of {group.id} are counted as open, {actual} are"
 
 
 def _check_calls(core: Core) -> None:

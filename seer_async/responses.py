@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from seer_async.ending import ending
 from seer_async.events import Emit, Record
-from seer_async.request import TERMINAL, Group, Request, State
+from seer_async.request import Group, Request, State
 from seer_async.sampling import response_seed
 from seer_async.types import Chunk, ChunkReply
 
@@ -176,7 +176,7 @@ class Responses:
             self._emit(request)
         request.drop_tokens()
         group = request.group
-        if self._lasting and all(each.state in TERMINAL for each in group.requests):
+        if self._lasting and not group.open:
             self._buffer.forget(group)
             self._context.forget(group)
 

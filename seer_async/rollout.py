@@ -162,7 +162,7 @@ class Rollout:
         info.on_policy = self.core.policy.unbiased and self._folder.tally.on_policy
         info.engines = [_engine_entry(name, client) for name, client in self._fleet.clients.items()]
         info.summary = summarise(snapshot, info.earlier + effort_of(snapshot, seconds), self._folder.tally)
-        steps = [lambda: self._folder.measure(snapshot), self._folder.sync, self._folder.save]
+        steps: list[Callable[[], None]] = [lambda: self._folder.measure(snapshot), self._folder.sync, self._folder.save]
         if self._trace:
             steps.append(self._trace.close)
         refused = [error for step in steps if (error := _attempt(step))]

@@ -50,6 +50,7 @@ _BUSY_RETRY_S = 1.0
 _END_S = 10.0
 _LOOK_S = 0.01
 _GROUPS_KEPT = 1024
+_MOST_SIBLINGS = 256  # that join; a group that always has an open request would never be forgotten
 
 
 class Service:
@@ -193,16 +194,18 @@ class Service:
     def _place_of(self, work: Work) -> tuple[str, int]:
         """The id of the open group that the work belongs to, or of a new one, and its first response's number there.
 
+        A group that has had many requests is joined no more: it is forgotten when those have ended.
         What is held while paused joins no group of before: that may have ended when the service goes on.
         """
         key = _kinship(work)
         group = self._groups.get(key, "")
         size = self._size(group)
-        if not size:
-            self._forget_groups()
-            self._serial += 1
-            group = self._groups[key] = f"g{self._serial}"
-        return group, size
+        if 0 < size < _MOST_SIBLINGS:
+            return group, size
+        self._forget_groups()
+        self._serial += 1
+        group = self._groups[key] = f"g{self._serial}"
+        return group, 0
 
     def _size(self, group: str) -> int:
         """Requests of a group that can be joined; 0 if it cannot."""
