@@ -116,6 +116,25 @@ async def test_a_prompt_that_is_always_asked_for_is_forgotten_in_parts(
             assert_right((await ticket.all())[0])
 
 
+async def test_what_comes_in_during_a_pause_counts_as_open(engines: list[MockProcess]) -> None:
+    async with serving(engines[:1], serve={"max_requests": 8}) as service:
+        before = service.submit(work(1, n=2))
+        await service.pause("keep")
+        held = [service.submit(work(number, n=2)) for number in (2, 3, 4)]
+        with pytest.raises(BusyError, match="8 requests are open, of 8"):
+            service.submit(work(5))
+        service.cancel(held[0])
+        await service.abort(held[1].requests, 0.1)
+        held[:2] = [service.submit(work(5, n=4))]
+        with pytest.raises(BusyError):
+            service.submit(work(6))
+        service.resume()
+        for ticket in (before, *held):
+            for sample in await ticket.all():
+                assert_right(sample)
+        assert service.core.buffer.open == 0
+
+
 async def test_options_are_the_groups_own(engines: list[MockProcess]) -> None:
     async with serving(engines[:2]) as service:
         whole = service.submit(work(2, n=2, chunk_size=0))
