@@ -176,6 +176,8 @@ class Core:
             case Paused() | Resumed():
                 self.paused = isinstance(event, Paused)
                 self._idle_since = None
+                self._scheduler.stranded.clear()
+                self.buffer.unpark()
             case DrainRequested():
                 self.closing = self.closing or "drained"
             case AbortRequested():
@@ -237,6 +239,7 @@ class Core:
             self._engine_down(event.engine, "restarted")
         instance.start_epoch(event.info)
         self.versions.current = self.versions.current or instance.version
+        self._scheduler.review()
         self.buffer.unpark()
 
     def _engine_down(self, name: str, reason: str) -> None:
@@ -324,6 +327,8 @@ class Core:
 
     def _wake_when_needed(self, now: float) -> None:
         due = [i.closed_until for i in self.instances.values() if i.up and i.closed_until > now]
+        if self.lasting and not self.paused:
+            due += self._despair_of_stranded(now)
         held = any(i.held and i.up for i in self.instances.values())
         if self.calls or not self.buffer.open or self.paused or held:
             self._idle_since = None
@@ -343,12 +348,30 @@ class Core:
 
     def _despair(self) -> None:
         self._idle_since = None
+        error = self._no_engine()
+        for request in self.buffer.unfinished():
+            self.responses.fail(request, error)
+
+    def _despair_of_stranded(self, now: float) -> list[float]:
+        """Fail requests that no engine could take for too long, while others run; returns when the next is due."""
+        stranded = self._scheduler.stranded
+        while stranded:
+            request, since = next(iter(stranded.items()))
+            end = since + self.config.engine.patience_s
+            lost = request.state not in TERMINAL and not self._scheduler.could_go(request)
+            if lost and now < end:
+                return [end]
+            del stranded[request]
+            if lost:
+                self.responses.fail(request, self._no_engine())
+        return []
+
+    def _no_engine(self) -> str:
         current = self.versions.current
         stale = [i.name for i in self.instances.values() if i.up and i.version != current]
         said = "; ".join(f"{i.name}: {i.last_error}" for i in self.instances.values() if i.last_error)
         why = f"{', '.join(stale)} must get weight version {current} first" if stale else said or "none answers"
-        for request in self.buffer.unfinished():
-            self.responses.fail(request, f"{NO_ENGINE}: {why}")
+        return f"{NO_ENGINE}: {why}"
 
     def _stop(self, reason: str) -> None:
         self.stopped = reason
