@@ -46,7 +46,7 @@ from seer_async.events import (
 from seer_async.instance import Instance
 from seer_async.options import GroupOptions
 from seer_async.policies import find_policy
-from seer_async.request import TERMINAL, Request
+from seer_async.request import TERMINAL, Request, State
 from seer_async.responses import Responses
 from seer_async.scheduler import Scheduler
 from seer_async.turn import Turn
@@ -315,7 +315,7 @@ class Core:
         buffer = self.buffer
         if buffer.closed and not buffer.open and not self.calls:
             self._stop("done")
-        elif buffer.closed and buffer.open and self.policy.enough(buffer.ended, buffer.total):
+        elif buffer.closed and buffer.open and self.policy.enough(buffer.counts[State.DONE], buffer.total):
             self._take_back(list(self.calls))
             for request in buffer.unfinished():
                 self.responses.give_up(request, "unfinished")
