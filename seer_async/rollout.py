@@ -171,7 +171,7 @@ class Rollout:
 
 
 def summarise(snapshot: Snapshot, effort: Effort, tally: Tally) -> dict[str, Any]:
-    """The figures a run is judged by, of all its parts; `generated` counts tokens that were thrown away, too."""
+    """The figures a run is judged by, of all its parts; `generated` is what was accepted, later restarts or not."""
     return {
         "samples": snapshot.total,
         "done": snapshot.done,

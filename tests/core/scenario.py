@@ -1,6 +1,6 @@
 """A random rollout for each seed: fleet, groups, options, policy and faults.
 
-`python -m tests.core.scenario SEED...` runs some, and prints a digest of all events and commands of each.
+`python -m tests.core.scenario [lasting] SEED...` runs some, and prints a digest of all events and commands of each.
 """
 
 import random
@@ -271,13 +271,14 @@ class Lasting(Scenario):
         return wishes + whims
 
 
-def trace(seed: int) -> str:
+def trace(seed: int, kind: type[Scenario] = Scenario) -> str:
     """Digest of all events and commands of a scenario."""
-    scenario = Scenario(seed)
+    scenario = kind(seed)
     scenario.run()
     return scenario.world.trace
 
 
 if __name__ == "__main__":
-    for argument in sys.argv[1:]:
-        print(trace(int(argument)))
+    chosen = Lasting if sys.argv[1:2] == ["lasting"] else Scenario
+    for argument in sys.argv[1 + (chosen is Lasting) :]:
+        print(trace(int(argument), chosen))

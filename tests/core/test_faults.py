@@ -1,7 +1,7 @@
 """Random rollouts under random faults: each response comes out once, and exactly as one undivided call gives it.
 
-Invariants and audit are checked after every event. `SEER_SEEDS=10000` runs more; `python -m tests.core.scenario SEED`
-repeats one.
+Invariants and audit are checked after every event. `SEER_SEEDS=10000` runs more;
+`python -m tests.core.scenario [lasting] SEED` repeats one.
 """
 
 import os
