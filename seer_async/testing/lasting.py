@@ -61,7 +61,7 @@ class LastingWorld(World):
         self._wishes = wishes
         self._pending = len(wishes)
         self._names: dict[str, str] = {}  # of the latest group, by the id that is wished for
-        self._choices = random.Random("wishes")  # noqa: S311 - a simulation must repeat itself
+        self._choices = random.Random(f"wishes {self._seed}")  # noqa: S311 - a simulation must repeat itself
 
     def finish(self) -> None:
         """Run until all wishes are over and every response is a sample."""
