@@ -36,6 +36,7 @@ class RequestBuffer:
         self.groups[group.id] = group
         for request in requests:
             group.requests.append(request)
+            group.open += 1
             self.requests[request.id] = request
             self.counts[request.state] += 1
             request.ticket += 1
@@ -64,10 +65,11 @@ class RequestBuffer:
         """The request is DONE, FAILED or UNFINISHED, for good."""
         assert state in TERMINAL
         self._move(request, state)
+        request.group.open -= 1
 
     def forget(self, group: Group) -> None:
         """Drop a group that has ended, and its requests; only the counts remember them."""
-        assert all(request.state in TERMINAL for request in group.requests)
+        assert not group.open
         del self.groups[group.id]
         for request in group.requests:
             del self.requests[request.id]

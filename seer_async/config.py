@@ -163,7 +163,9 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`seer serve`. At most `max_requests` responses are open at once; beyond, callers are told to come again.
+    """`seer serve`. At most `max_requests` responses are open at once, those held in a pause included.
+
+    Beyond, callers are told to come again.
 
     A streamed response is cut into chunks of `stream_chunk_size` tokens, which is how often its reader hears of it.
     API keys, several with commas between, are in the environment variable `api_key_env`, or one a line in

@@ -46,7 +46,7 @@ from seer_async.events import (
 from seer_async.instance import Instance
 from seer_async.options import GroupOptions
 from seer_async.policies import find_policy
-from seer_async.request import TERMINAL, Request
+from seer_async.request import TERMINAL, Request, State
 from seer_async.responses import Responses
 from seer_async.scheduler import Scheduler
 from seer_async.turn import Turn
@@ -140,6 +140,10 @@ class Core:
 
     def _take(self, event: Event) -> None:  # noqa: C901, PLR0912 - one arm for each event
         match event:
+            case EngineUp() | EngineDown() | EngineReport() | EngineHeld() | EngineRemoved() if (
+                event.engine not in self.instances
+            ):
+                pass  # it was removed meanwhile
             case ChunkFinished():
                 self._chunk_finished(event)
             case ChunkFailed():
@@ -172,13 +176,15 @@ class Core:
             case Paused() | Resumed():
                 self.paused = isinstance(event, Paused)
                 self._idle_since = None
+                self._scheduler.stranded.clear()
+                self.buffer.unpark()
             case DrainRequested():
                 self.closing = self.closing or "drained"
             case AbortRequested():
                 self.closing = "aborted"
                 self._take_back(list(self.calls))
             case InputClosed():
-                self.buffer.closed = True
+                self.responses.close()
             case Woke():
                 self._woken_at = None
                 self.buffer.unpark()
@@ -233,6 +239,7 @@ class Core:
             self._engine_down(event.engine, "restarted")
         instance.start_epoch(event.info)
         self.versions.current = self.versions.current or instance.version
+        self._scheduler.review()
         self.buffer.unpark()
 
     def _engine_down(self, name: str, reason: str) -> None:
@@ -308,7 +315,7 @@ class Core:
         buffer = self.buffer
         if buffer.closed and not buffer.open and not self.calls:
             self._stop("done")
-        elif buffer.closed and buffer.open and self.policy.enough(buffer.ended, buffer.total):
+        elif buffer.closed and buffer.open and self.policy.enough(buffer.counts[State.DONE], buffer.total):
             self._take_back(list(self.calls))
             for request in buffer.unfinished():
                 self.responses.give_up(request, "unfinished")
@@ -320,6 +327,8 @@ class Core:
 
     def _wake_when_needed(self, now: float) -> None:
         due = [i.closed_until for i in self.instances.values() if i.up and i.closed_until > now]
+        if self.lasting and not self.paused:
+            due += self._despair_of_stranded(now)
         held = any(i.held and i.up for i in self.instances.values())
         if self.calls or not self.buffer.open or self.paused or held:
             self._idle_since = None
@@ -339,12 +348,30 @@ class Core:
 
     def _despair(self) -> None:
         self._idle_since = None
+        error = self._no_engine()
+        for request in self.buffer.unfinished():
+            self.responses.fail(request, error)
+
+    def _despair_of_stranded(self, now: float) -> list[float]:
+        """Fail requests that no engine could take for too long, while others run; returns when the next is due."""
+        stranded = self._scheduler.stranded
+        while stranded:
+            request, since = next(iter(stranded.items()))
+            end = since + self.config.engine.patience_s
+            lost = request.state not in TERMINAL and not self._scheduler.could_go(request)
+            if lost and now < end:
+                return [end]
+            del stranded[request]
+            if lost:
+                self.responses.fail(request, self._no_engine())
+        return []
+
+    def _no_engine(self) -> str:
         current = self.versions.current
         stale = [i.name for i in self.instances.values() if i.up and i.version != current]
         said = "; ".join(f"{i.name}: {i.last_error}" for i in self.instances.values() if i.last_error)
         why = f"{', '.join(stale)} must get weight version {current} first" if stale else said or "none answers"
-        for request in self.buffer.unfinished():
-            self.responses.fail(request, f"{NO_ENGINE}: {why}")
+        return f"{NO_ENGINE}: {why}"
 
     def _stop(self, reason: str) -> None:
         self.stopped = reason

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import ClassVar
+from typing import ClassVar, Self
 
 
 class SeerError(Exception):
@@ -40,6 +40,12 @@ class StorageError(SeerError):
     """The run folder cannot be written or does not hold what it should."""
 
     exit_code = 5
+
+    @classmethod
+    def of(cls, name: str, error: OSError) -> Self:
+        """The disk has refused a write to the run folder `name`."""
+        reason = error.strerror or error
+        return cls(f"cannot write {name}: {reason}; make room, then continue with --resume {name}")
 
 
 class RefusedError(SeerError):

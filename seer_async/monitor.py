@@ -1,7 +1,7 @@
 """The monitor of one engine: attaches it, reads its telemetry, and says when it is gone.
 
 Invariants: an engine is up only between the `EngineUp` and the `EngineDown` of one epoch; a process that was started
-anew is another epoch, however short it was away.
+anew is another epoch, however short it was away; after `stop` nothing is posted.
 """
 
 from __future__ import annotations
@@ -44,12 +44,13 @@ class Monitor:
         self._client = client
         self._config = config
         self._accepts = accepts
-        self._post = post
+        self._tell = post
+        self._stopped = False
         self._suspect = asyncio.Event()
 
     async def run(self, *, up: bool) -> None:
-        """Follow the engine, which is `up` or not yet, until cancelled."""
-        while True:
+        """Follow the engine, which is `up` or not yet, until cancelled or stopped."""
+        while not self._stopped:
             if not up:
                 await self._attach()
             reason = await self._follow()
@@ -60,8 +61,17 @@ class Monitor:
         """Read its telemetry now."""
         self._suspect.set()
 
+    def stop(self) -> None:
+        """Post nothing more, and end. Its task is to be cancelled, too, but libraries lose cancellations."""
+        self._stopped = True
+        self._suspect.set()
+
+    def _post(self, event: Event) -> None:
+        if not self._stopped:
+            self._tell(event)
+
     async def _attach(self) -> None:
-        while True:
+        while not self._stopped:
             with contextlib.suppress(EngineError):
                 info = await self._client.attach(
                     timeout_s=self._config.probe_timeout_s, trial_timeout_s=TRIAL_TIMEOUT_S
@@ -74,7 +84,7 @@ class Monitor:
     async def _follow(self) -> str:
         """Read telemetry until the engine is gone; returns why it is thought to be."""
         silent = 0
-        while True:
+        while not self._stopped:
             self._suspect.clear()
             try:
                 stats = await self._client.stats(timeout_s=self._config.probe_timeout_s)
@@ -91,3 +101,4 @@ class Monitor:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._config.telemetry_s):  # wait_for may lose a cancellation before 3.12
                     await self._suspect.wait()
+        return "nobody asks"

@@ -34,9 +34,12 @@ TERMINAL = (State.DONE, State.FAILED, State.UNFINISHED)
 
 
 class Group:
-    """One prompt and its requests. `limit` is the most tokens any of its responses may have."""
+    """One prompt and its requests, of which `open` have not ended.
 
-    __slots__ = ("limit", "options", "order", "prompt", "prompt_len", "requests")
+    `limit` is the most tokens any of its responses may have.
+    """
+
+    __slots__ = ("limit", "open", "options", "order", "prompt", "prompt_len", "requests")
 
     def __init__(self, prompt: Prompt, order: int, limit: int, options: GroupOptions) -> None:
         assert prompt.token_ids, "a prompt is tokenised before it reaches the core"
@@ -46,6 +49,7 @@ class Group:
         self.limit = limit
         self.options = options
         self.requests: list[Request] = []
+        self.open = 0
 
     @property
     def id(self) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from seer_async.ending import ending
 from seer_async.events import Emit, Record
-from seer_async.request import TERMINAL, Group, Request, State
+from seer_async.request import Group, Request, State
 from seer_async.sampling import response_seed
 from seer_async.types import Chunk, ChunkReply
 
@@ -112,9 +112,15 @@ class Responses:
         if request.first_start is None:
             request.first_start = record.chunk.start
         request.finish_reason, request.stop_reason = record.finish_reason, record.stop_reason
-        if request.finish_reason is None and request.generated >= request.group.limit:
-            request.finish_reason = "length"  # today's engines have a shorter context than those before
         self._go_on(request, emit=not event.emitted)
+
+    def close(self) -> None:
+        """No more groups or records come: what is at its limit ends, if today's contexts are shorter than before."""
+        self._buffer.closed = True
+        for request in self._buffer.unfinished():
+            if request.generated >= request.group.limit:
+                request.finish_reason = "length"
+                self._go_on(request)
 
     def put_back(self, request: Request) -> None:
         """It waits for its next call, unless it was to end with the one before."""
@@ -170,7 +176,7 @@ class Responses:
             self._emit(request)
         request.drop_tokens()
         group = request.group
-        if self._lasting and all(each.state in TERMINAL for each in group.requests):
+        if self._lasting and not group.open:
             self._buffer.forget(group)
             self._context.forget(group)
 

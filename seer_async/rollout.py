@@ -162,19 +162,16 @@ class Rollout:
         info.on_policy = self.core.policy.unbiased and self._folder.tally.on_policy
         info.engines = [_engine_entry(name, client) for name, client in self._fleet.clients.items()]
         info.summary = summarise(snapshot, info.earlier + effort_of(snapshot, seconds), self._folder.tally)
-        try:
-            if self._trace:
-                self._trace.close()
-            self._folder.measure(snapshot)
-            self._folder.sync()
-            self._folder.save()
-        except OSError:
-            if reason == "done":
-                raise
+        steps: list[Callable[[], None]] = [lambda: self._folder.measure(snapshot), self._folder.sync, self._folder.save]
+        if self._trace:
+            steps.append(self._trace.close)
+        refused = [error for step in steps if (error := _attempt(step))]
+        if refused and reason != "failed":  # else something worse is being raised
+            raise StorageError.of(self._folder.name, refused[0])
 
 
 def summarise(snapshot: Snapshot, effort: Effort, tally: Tally) -> dict[str, Any]:
-    """The figures a run is judged by, of all its parts; `generated` counts tokens that were thrown away, too."""
+    """The figures a run is judged by, of all its parts; `generated` is what was accepted, later restarts or not."""
     return {
         "samples": snapshot.total,
         "done": snapshot.done,
@@ -186,6 +183,15 @@ def summarise(snapshot: Snapshot, effort: Effort, tally: Tally) -> dict[str, Any
         "tokens_per_second": effort.tokens_per_second,
         **msgspec.structs.asdict(effort),
     }
+
+
+def _attempt(step: Callable[[], None]) -> OSError | None:
+    """Why the disk refuses one of the last steps; the others are done all the same."""
+    try:
+        step()
+    except OSError as error:
+        return error
+    return None
 
 
 def _engine_entry(name: str, client: EngineClient) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from seer_async.request import TERMINAL
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -47,6 +49,7 @@ class Scheduler:
         self._calls = calls
         self._responses = responses
         self._staggered = staggered
+        self.stranded: dict[Request, float] = {}  # since when no engine that is up could take them, in that order
 
     def schedule(self, now: float) -> None:
         """Send what may go now, until nothing waits or there is no room."""
@@ -61,8 +64,10 @@ class Scheduler:
             tokens = request.length + bound
             instances = self._candidates(request, tokens, usable)
             if not instances:
-                self._no_candidate(request, tokens)
-            elif place := self._policy.place(request, tokens, instances):
+                self._no_candidate(request, tokens, now)
+                continue
+            self.stranded.pop(request, None)
+            if place := self._policy.place(request, tokens, instances):
                 most = max(1, min(bound, request.end - request.generated))
                 self._calls.send(request, place, tokens=tokens, most=most)
             elif len(instances) < len(usable) and len(skipped) < _MOST_SKIPPED:
@@ -72,12 +77,30 @@ class Scheduler:
                 break  # no room: what goes first waits for it
         self._buffer.unpark(skipped)
 
+    def could_go(self, request: Request) -> bool:
+        """Whether an engine that is up may take the request, be it full, closed or held now, or after a restart."""
+        if self._versions.outdated(request, [instance for instance in self._instances.values() if instance.up]):
+            return True  # it begins again when its turn comes
+        return bool(self._candidates(request, request.length + self._chunk_bound(request), self._current()))
+
+    def review(self) -> None:
+        """The fleet has got better: who could go now is not stranded any more."""
+        self.stranded = {
+            request: since
+            for request, since in self.stranded.items()
+            if request.state not in TERMINAL and not self.could_go(request)
+        }
+
     def _usable(self, now: float) -> list[Instance]:
+        return [instance for instance in self._current() if instance.usable(now)]
+
+    def _current(self) -> list[Instance]:
+        """Engines that are up and have the weights to sample from."""
         version = self._versions.required
         return [
             instance
             for instance in self._instances.values()
-            if instance.usable(now) and (version is None or instance.version == version)
+            if instance.up and (version is None or instance.version == version)
         ]
 
     def _candidates(self, request: Request, tokens: int, usable: Sequence[Instance]) -> list[Instance]:
@@ -92,7 +115,7 @@ class Scheduler:
             return [instance for instance in fit if instance.name != request.avoid] or fit
         return fit
 
-    def _no_candidate(self, request: Request, tokens: int) -> None:
+    def _no_candidate(self, request: Request, tokens: int, now: float) -> None:
         """Nobody may take the request now: begin it again, give it up, or set it aside until the fleet changes."""
         ups = [instance for instance in self._instances.values() if instance.up]
         if self._versions.outdated(request, ups):
@@ -101,6 +124,8 @@ class Scheduler:
             error = f"too long: a sequence of {tokens} tokens does not fit any engine's KV cache"
             self._responses.fail(request, error)
         else:
+            if not self.could_go(request):
+                self.stranded.setdefault(request, now)
             self._buffer.park(request)
 
     def _chunk_bound(self, request: Request) -> int:

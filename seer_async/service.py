@@ -50,6 +50,7 @@ _BUSY_RETRY_S = 1.0
 _END_S = 10.0
 _LOOK_S = 0.01
 _GROUPS_KEPT = 1024
+_MOST_SIBLINGS = 256  # that join; a group that always has an open request would never be forgotten
 
 
 class Service:
@@ -77,8 +78,8 @@ class Service:
         self._groups: dict[bytes, str] = {}  # id of the latest group by what makes siblings
         self._held: list[GroupAdded] = []  # while paused
         self._held_sizes = Counter[str]()  # requests by group
-        self._held_prompts: dict[str, list[int]] = {}  # by request
-        self._unwanted: list[str] = []  # requests of those
+        self._held_prompts: dict[str, list[int]] = {}  # by request, of those that are still wanted
+        self._unwanted: list[str] = []  # requests to cancel when they are no longer held
         self._stack = contextlib.AsyncExitStack()
         self._loop_task: asyncio.Task[str] | None = None
 
@@ -166,6 +167,8 @@ class Service:
         self._desk.drop(ticket)
         if self.paused:
             self._unwanted += ticket.requests
+            for request in ticket.requests:
+                self._held_prompts.pop(request, None)
         self._shell.post(RequestsCancelled(requests=tuple(ticket.requests)))
 
     def _check(self, work: Work, room: int) -> None:
@@ -184,25 +187,28 @@ class Service:
             raise RefusedError(f"a token id is outside the model's vocabulary of {self.info.vocab_size}")
         if work.n < 1:
             raise RefusedError("n must be at least 1")
-        if self.core.buffer.open + work.n > self.config.serve.max_requests:
+        opened = self.core.buffer.open + len(self._held_prompts)
+        if opened + work.n > self.config.serve.max_requests:
             raise BusyError(
-                f"{self.core.buffer.open} requests are open, of {self.config.serve.max_requests} at most",
+                f"{opened} requests are open, of {self.config.serve.max_requests} at most",
                 retry_after=_BUSY_RETRY_S,
             )
 
     def _place_of(self, work: Work) -> tuple[str, int]:
         """The id of the open group that the work belongs to, or of a new one, and its first response's number there.
 
+        A group that has had many requests is joined no more: it is forgotten when those have ended.
         What is held while paused joins no group of before: that may have ended when the service goes on.
         """
         key = _kinship(work)
         group = self._groups.get(key, "")
         size = self._size(group)
-        if not size:
-            self._forget_groups()
-            self._serial += 1
-            group = self._groups[key] = f"g{self._serial}"
-        return group, size
+        if 0 < size < _MOST_SIBLINGS:
+            return group, size
+        self._forget_groups()
+        self._serial += 1
+        group = self._groups[key] = f"g{self._serial}"
+        return group, 0
 
     def _size(self, group: str) -> int:
         """Requests of a group that can be joined; 0 if it cannot."""
@@ -242,10 +248,10 @@ class Service:
 
         They have what their calls in flight have sampled, as far as engines hand it back within `grace_s` seconds.
         """
-        opened, held = self._open(), self._held_prompts.keys() - set(self._unwanted)
+        opened, held = self._open(), set(self._held_prompts)
         wanted = (opened | held) if requests is None else (opened | held).intersection(requests)
         for request in wanted & held:
-            self._desk.emit(ended_sample(request, "abort", prompt=self._held_prompts[request]))
+            self._desk.emit(ended_sample(request, "abort", prompt=self._held_prompts.pop(request)))
             self._unwanted.append(request)
         self._shell.post(HandBackRequested(requests=tuple(wanted & opened)))
         await self._end(wanted & opened, grace_s)

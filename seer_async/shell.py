@@ -90,7 +90,7 @@ class Shell:
         self._watch_s = watch_s
         self._config = core.config
         self._calls: dict[int, asyncio.Task[None]] = {}
-        self._errands: set[asyncio.Task[None]] = set()  # to engines, beside calls
+        self._errands: set[asyncio.Task[None]] = set()  # to engines, and what was cancelled
         self._stopped: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._alarm: asyncio.TimerHandle | None = None
         self._tasks: asyncio.TaskGroup | None = None
@@ -125,9 +125,9 @@ class Shell:
 
     def remove_engine(self, name: str) -> None:
         """Forget an engine; what is in flight there goes on elsewhere."""
-        self._following.pop(name).cancel()
+        self._leave(name)
         self.post(EngineRemoved(engine=name))
-        del self._clients[name], self._monitors[name]
+        del self._clients[name]
 
     def check_engine(self, name: str) -> None:
         """Ask again whether an engine is accepted; one that is not gets nothing more until it is."""
@@ -135,7 +135,7 @@ class Shell:
         if not self._core.instances[name].up or info is None:
             return  # it is asked when it is attached
         if reason := self._accepts(name, info):
-            self._following[name].cancel()
+            self._leave(name)
             self.post(EngineDown(engine=name, reason=reason))
             self._follow(name)
 
@@ -153,6 +153,17 @@ class Shell:
             monitor.run(up=self._core.instances[name].up), name=f"monitor {name}"
         )
 
+    def _leave(self, name: str) -> None:
+        self._monitors.pop(name).stop()
+        task = self._following.pop(name)
+        task.cancel()
+        self._remember(task)
+
+    def _remember(self, task: asyncio.Task[None]) -> None:
+        """It must end with the rollout, also if it was cancelled: that may be lost."""
+        self._errands.add(task)
+        task.add_done_callback(self._errands.discard)
+
     def post(self, *events: Event) -> None:
         """Tell the core what happened in this moment, and do what it says."""
         if self._stopped.done():
@@ -162,12 +173,7 @@ class Shell:
             for command in self._core.handle_all(events, now):
                 self._execute(command, now)
         except OSError as error:
-            self._stopped.set_exception(
-                StorageError(
-                    f"cannot write {self._sink.name}: {error.strerror or error}; make room, then continue with "
-                    f"--resume {self._sink.name}"
-                )
-            )
+            self._stopped.set_exception(StorageError.of(self._sink.name, error))
         except Exception as error:  # noqa: BLE001 - a defect ends the run instead of leaving it hanging
             self._stopped.set_exception(error)
 
@@ -197,14 +203,13 @@ class Shell:
     def _cancel(self, cancel: Cancel, now: float) -> None:
         if task := self._calls.pop(cancel.call, None):
             task.cancel()
+            self._remember(task)
         if self._tracer:
             self._tracer.cancelled(cancel.call, now)
 
     def _hand_back(self, command: HandBack) -> None:
         assert self._tasks is not None
-        task = self._tasks.create_task(self._ask_back(self._clients[command.engine], command.calls))
-        self._errands.add(task)
-        task.add_done_callback(self._errands.discard)
+        self._remember(self._tasks.create_task(self._ask_back(self._clients[command.engine], command.calls)))
 
     def _wake_at(self, at: float, now: float) -> None:
         if self._alarm:
@@ -231,10 +236,11 @@ class Shell:
         try:
             reply = await client.generate(spec, info, timeout_s=self._config.engine.chunk_timeout_s)
         except EngineError as error:
-            self._calls.pop(dispatch.call, None)
-            self._failed(dispatch, error)
+            if self._calls.pop(dispatch.call, None):
+                self._failed(dispatch, error)
             return
-        self._calls.pop(dispatch.call, None)
+        if not self._calls.pop(dispatch.call, None):
+            return  # it was cancelled, and the cancellation lost
         if self._tracer:
             self._tracer.finished(
                 dispatch.call,
@@ -291,7 +297,7 @@ class Shell:
                     synced = snapshot.now
             except OSError as error:
                 if not self._stopped.done():
-                    self._stopped.set_exception(StorageError(f"cannot write {self._sink.name}: {error.strerror}"))
+                    self._stopped.set_exception(StorageError.of(self._sink.name, error))
                 return
             await asyncio.sleep(output.metrics_s)
 

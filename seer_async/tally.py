@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 
 class Effort(msgspec.Struct, frozen=True, kw_only=True):
-    """What it took: seconds of rolling out, tokens that engines generated for it, and what went wrong on the way."""
+    """What it took: seconds of rolling out, tokens accepted from engines, and what went wrong on the way.
+
+    `generated` counts tokens that a restart has thrown away later, but none of replies that were refused whole.
+    """
 
     seconds: float = 0.0
     generated: int = 0

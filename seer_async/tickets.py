@@ -30,7 +30,8 @@ class Work(msgspec.Struct, frozen=True, kw_only=True):
     """A group that somebody wants: `n` responses to one tokenised prompt.
 
     `seeds`, one for each response, make it repeatable. Submissions with the same `group` name, prompt and options are
-    siblings while any of them is open; without a name, equal prompts and options are enough.
+    siblings while any of them is open; without a name, equal prompts and options are enough. After 256 siblings others
+    begin.
     """
 
     prompt_token_ids: list[int]

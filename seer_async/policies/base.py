@@ -75,5 +75,8 @@ class Policy:
         return False
 
     def enough(self, finished: int, total: int) -> bool:
-        """Whether the run may end with `finished` of `total` responses."""
+        """Whether the run may end with `finished` of `total` responses; it does when none is open in any case.
+
+        Those that failed have not finished.
+        """
         return finished == total

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from seer_async.belief import Belief, Evidence
 from seer_async.policies.base import Policy
-from seer_async.policies.queues import WaitingQueue
+from seer_async.policies.queues import LEAST_SWEEP, WaitingQueue
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 _FIRST_LESSON = 8  # responses that have ended
 _MORE = 1.25  # so many times as many before the next lesson
 _SAMPLE = 128  # groups to learn from
-_LEAST_SWEEP = 1024
 
 
 class Foresight(Policy):
@@ -121,7 +120,7 @@ class Foresight(Policy):
             if self._keys.get(request) != -left:
                 self._keys[request] = -left
                 heapq.heappush(self._heap, (-left, group.order, request.index, request))
-        if len(self._heap) > _LEAST_SWEEP + 2 * len(self._keys):
+        if len(self._heap) > LEAST_SWEEP + 2 * len(self._keys):
             self._heap = [entry for entry in self._heap if self._keys.get(entry[3]) == entry[0]]
             heapq.heapify(self._heap)
 

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from seer_async.request import Request
 
 
-_LEAST_SWEEP = 1024
+LEAST_SWEEP = 1024
+"""Entries of a heap before stale ones are looked for."""
 
 
 class WaitingQueue:
@@ -24,7 +25,7 @@ class WaitingQueue:
 
     def __init__(self) -> None:
         self._heap: list[tuple[Any, int, int, int, Request]] = []
-        self._sweep_at = _LEAST_SWEEP
+        self._sweep_at = LEAST_SWEEP
 
     def push(self, key: Any, request: Request) -> None:
         """Queue a waiting request. `key` must be comparable with all other keys of this queue."""
@@ -32,7 +33,7 @@ class WaitingQueue:
         if len(self._heap) >= self._sweep_at:
             self._heap = [entry for entry in self._heap if _live(entry[4], entry[3])]
             heapq.heapify(self._heap)
-            self._sweep_at = max(_LEAST_SWEEP, 2 * len(self._heap))
+            self._sweep_at = max(LEAST_SWEEP, 2 * len(self._heap))
 
     def peek(self) -> Request | None:
         """The first request that still waits."""

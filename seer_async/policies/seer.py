@@ -12,7 +12,7 @@ import heapq
 from typing import TYPE_CHECKING
 
 from seer_async.policies.base import Policy
-from seer_async.policies.queues import WaitingQueue
+from seer_async.policies.queues import LEAST_SWEEP, WaitingQueue
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,7 +32,7 @@ class Seer(Policy):
         self._probes = WaitingQueue()
         self._oldest = WaitingQueue()
         self._members: dict[Group, WaitingQueue] = {}
-        self._groups: list[tuple[int, int, Group]] = []  # (-estimate, order, group); stale entries are dropped late
+        self._groups: list[tuple[int, int, Group]] = []  # (-estimate, order, group); stale ones are swept
         self._ranked: dict[Group, int] = {}  # the estimate under which a group is in `_groups`
         self._decisions = 0
 
@@ -69,6 +69,9 @@ class Seer(Policy):
         if self._ranked.get(group) != estimate:
             self._ranked[group] = estimate
             heapq.heappush(self._groups, (-estimate, group.order, group))
+        if len(self._groups) > LEAST_SWEEP + 2 * len(self._ranked):
+            self._groups = [entry for entry in self._groups if self._ranked.get(entry[2]) == -entry[0]]
+            heapq.heapify(self._groups)
 
     def _longest(self) -> Request | None:
         while self._groups:

@@ -5,6 +5,7 @@ from seer_async.testing.clock import VirtualClock
 from seer_async.testing.cost import CostModel, LinearCost
 from seer_async.testing.engine import SimulatedEngine
 from seer_async.testing.faults import Fault, FaultKind, Faults, Mishap, random_faults
+from seer_async.testing.lasting import LastingWorld, Wish, WishKind
 from seer_async.testing.model import Generated, Model
 from seer_async.testing.reference import Reference
 from seer_async.testing.work import Work
@@ -17,12 +18,15 @@ __all__ = [
     "FaultKind",
     "Faults",
     "Generated",
+    "LastingWorld",
     "LinearCost",
     "Mishap",
     "Model",
     "Reference",
     "SimulatedEngine",
     "VirtualClock",
+    "Wish",
+    "WishKind",
     "Work",
     "World",
     "random_faults",

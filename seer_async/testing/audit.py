@@ -12,12 +12,14 @@ Invariants it holds the core to, over all its incarnations:
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from seer_async import invariants
+from seer_async.core import NO_ENGINE
 from seer_async.errors import FailureKind
 from seer_async.events import (
     Cancel,
@@ -27,11 +29,14 @@ from seer_async.events import (
     Dispatch,
     Emit,
     EngineDown,
+    EngineHeld,
     EngineReport,
     EngineUp,
     Event,
     GroupAdded,
+    Paused,
     Record,
+    Resumed,
     Stop,
 )
 from seer_async.policies import find_policy
@@ -54,6 +59,7 @@ class Account(msgspec.Struct):
     tokens: list[int] = []
     logprobs: list[float] = []
     chunks: int = 0
+    sent: float = -math.inf  # the latest call
     failures: int = 0  # in a row, by fault of engines
     rejections: int = 0  # in a row
     versions: set[str] = msgspec.field(default_factory=set)
@@ -73,6 +79,7 @@ class Audit:
         self.accounts = {f"{g.prompt.id}/{i}": Account(g) for g in groups for i in range(g.n)}
         self._config = config
         self._policy = find_policy(config.scheduler.policy)
+        self._sizes: Counter[str] = Counter()  # of groups of a core that lasts
 
     def start(self, core: Core) -> None:
         """Another orchestrator takes over; it knows the journal and the final samples."""
@@ -92,6 +99,8 @@ class Audit:
         self._answered: tuple[Dispatch, ChunkReply] | None = None
         self._lost: set[int] = set()
         self._blameless: tuple[str, object] | None = None
+        self._paused = False
+        self._held: set[str] = set()
 
     # Events, before the core sees them
 
@@ -108,13 +117,27 @@ class Audit:
                 self._up[event.engine] = event.info
                 self._epochs[event.engine] = self._epochs.get(event.engine, 0) + 1
                 self._busy_until.pop(event.engine, None)
+                self._held.discard(event.engine)
             case EngineDown():
                 self._lose(event.engine)
                 self._up.pop(event.engine, None)
+            case GroupAdded() if self._core.lasting:
+                self._added(event)
+            case Paused() | Resumed():
+                self._paused = isinstance(event, Paused)
+            case EngineHeld():
+                (self._held.add if event.held else self._held.discard)(event.engine)
             case EngineReport() if event.engine in self._up:
                 self.seen["stale EngineReport"] += event.stats.boot != self._up[event.engine].boot
             case _:
                 pass
+
+    def _added(self, event: GroupAdded) -> None:
+        """A new group, or more of one that is open: ids are not used again."""
+        first = self._sizes[event.prompt.id]
+        self._sizes[event.prompt.id] += event.n
+        self.seen["joined"] += first > 0
+        self.accounts |= {f"{event.prompt.id}/{number}": Account(event) for number in range(first, first + event.n)}
 
     def _outcome(self, event: ChunkFinished | ChunkFailed, dispatch: Dispatch | None, now: float) -> None:
         if dispatch is None:
@@ -164,7 +187,7 @@ class Audit:
             case Record():
                 self._record(command)
             case Emit():
-                self._emit(command.sample)
+                self._emit(command.sample, now)
             case Cancel():
                 assert self._closed(command.call), f"call {command.call} is cancelled, but not open"
                 self._lost.discard(command.call)
@@ -176,7 +199,7 @@ class Audit:
     def _record(self, record: Record) -> None:
         account = self.accounts[record.request]
         if record.chunk is None:
-            self.accounts[record.request] = Account(account.group, failures=account.failures)
+            self.accounts[record.request] = Account(account.group, failures=account.failures, sent=account.sent)
             self.seen["restart"] += 1
             return
         assert self._answered, f"{record.request} is recorded without a reply to an open call"
@@ -197,7 +220,7 @@ class Audit:
         account.failures = account.rejections = 0
         account.finish_reason = record.finish_reason
 
-    def _emit(self, sample: Sample) -> None:
+    def _emit(self, sample: Sample, now: float) -> None:
         account = self.accounts[sample.id]
         assert sample.id not in self.samples, f"{sample.id} is emitted twice"
         assert sample.token_ids == account.tokens, f"{sample.id} is emitted with other tokens than recorded"
@@ -207,7 +230,12 @@ class Audit:
         assert account.finish_reason or sample.finish_reason not in KEPT, f"{sample.id} ends without a record"
         if sample.finish_reason == "error":
             hopeless = account.rejections or account.failures >= self._config.rollout.max_attempts
-            assert hopeless or self._too_long(account), f"{sample.id} is given up after {account.failures} failures"
+            despair = sample.error.startswith(NO_ENGINE) and now >= account.sent + self._config.engine.patience_s
+            self.seen["despair"] += despair
+            self.seen["despair while others run"] += despair and bool(self._open)
+            assert hopeless or despair or self._too_long(account), (
+                f"{sample.id} is given up after {account.failures} failures"
+            )
         self.seen[sample.finish_reason] += 1
         self.samples[sample.id] = sample
 
@@ -231,6 +259,9 @@ class Audit:
             f"{call.request} continues something else than what is recorded"
         )
         assert call.engine in self._up, f"a call is sent to {call.engine}, which is down"
+        assert call.engine not in self._held, f"a call is sent to {call.engine}, which is held"
+        assert not self._paused, f"{call.request} is sent in a pause"
+        account.sent = now
         assert call.epoch == self._epochs[call.engine], f"a call is sent to another epoch of {call.engine}"
         assert now >= self._busy_until.get(call.engine, 0), f"a call is sent to {call.engine}, which asked for a pause"
         if self._config.rollout.mixed_versions == "restart":

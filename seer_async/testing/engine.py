@@ -142,10 +142,25 @@ class SimulatedEngine:
     def abort(self, name: str) -> None:
         """Drop a call, if it is still here."""
         self._advance()
-        if work := self._running.get(name):
-            self._remove(work)
-        self._queue = deque(work for work in self._queue if work.name != name)
+        self._take_out(name)
         self._plan()
+
+    def hand_back(self, name: str) -> None:
+        """Answer a call, if it is still here, with what it has."""
+        self._advance()
+        if work := self._take_out(name):
+            work.done(work.reply(with_versions=self._info.dialect == "generate", cut=True))
+        self._plan()
+
+    def _take_out(self, name: str) -> Work | None:
+        work = self._running.get(name)
+        if work is not None:
+            self._remove(work)
+            return work
+        work = next((each for each in self._queue if each.name == name), None)
+        if work is not None:
+            self._queue.remove(work)
+        return work
 
     # Time
 

@@ -72,6 +72,15 @@ class Link:
         if mishap is not Mishap.DEAF:
             self._clock.after(self._delay(), lambda: self.engine.abort(self._name(call)))
 
+    def hand_back(self, call: int) -> None:
+        """Have a call answered with what it has; an engine that cannot be reached never hears of it."""
+        if call in self._calls:
+            self._clock.after(self._delay(), lambda: self._ask_back(call))
+
+    def _ask_back(self, call: int) -> None:
+        if call in self._calls and self.engine.alive and not self.engine.partitioned:
+            self.engine.hand_back(self._name(call))
+
     def close(self) -> None:
         """The orchestrator is gone, and its connections with it."""
         self._closed = True

@@ -68,16 +68,17 @@ class Work(msgspec.Struct, eq=False):
             self.spans = [*self.spans, VersionSpan(self.version, start, start + count)]
         return count
 
-    def reply(self, *, with_versions: bool) -> ChunkReply:
-        """The answer, after everything has been kept."""
-        assert self.ahead is not None
+    def reply(self, *, with_versions: bool, cut: bool = False) -> ChunkReply:
+        """The answer, after everything has been kept; `cut` if it was ended before its time."""
+        assert cut or self.ahead is not None
+        ended = None if cut else self.ahead
         tops = self.params["logprobs"]
         return ChunkReply(
             token_ids=self.tokens,
             logprobs=self.logprobs,
             top_logprobs=alternatives(self.tokens, self.logprobs) if tops else None,
-            finish_reason=self.ahead.finish_reason,
-            stop_reason=self.ahead.stop_reason,
+            finish_reason=ended.finish_reason if ended else "abort",
+            stop_reason=ended.stop_reason if ended else None,
             versions=tuple(self.spans) if with_versions else (),
         )
 

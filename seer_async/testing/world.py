@@ -17,7 +17,7 @@ from __future__ import annotations
 import random
 from functools import partial
 from hashlib import blake2b
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
 
@@ -31,6 +31,7 @@ from seer_async.events import (
     Emit,
     Event,
     GroupAdded,
+    HandBack,
     InputClosed,
     Record,
     Restored,
@@ -67,6 +68,8 @@ class World:
     Every command is audited. The checks after each event cost time in proportion to the number of requests; without
     `check` they are left out, for simulations of large fleets.
     """
+
+    lasting: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -159,16 +162,20 @@ class World:
             seed=self._seed,
             tokenizer=self._tokenizer,
             lengths=self._lengths,
+            lasting=self.lasting,
         )
         self.audit.start(self.core)
         self._links = {engine.name: self._link(engine) for engine in self.engines.values()}
+        self._give_work(emitted)
+        for link in self._links.values():
+            self.clock.after(self._rng.uniform(0, 0.1), link.watch)
+
+    def _give_work(self, emitted: set[str]) -> None:
         for group in self._groups:
             self.post(group)
         for record in list(self.journal):
             self.post(Restored(record=record, emitted=record.request in emitted))
         self.post(InputClosed())
-        for link in self._links.values():
-            self.clock.after(self._rng.uniform(0, 0.1), link.watch)
 
     def _link(self, engine: SimulatedEngine) -> Link:
         rng = random.Random(f"link {self._seed} {self.lives} {engine.name}")  # noqa: S311 - a simulation must repeat itself
@@ -228,6 +235,9 @@ class World:
                 self.journal.append(command)
             case Cancel():
                 self._links[command.engine].cancel(command.call)
+            case HandBack():
+                for call in command.calls:
+                    self._links[command.engine].hand_back(call)
             case Wake():
                 self._wake_at(command.at)
             case Stop():

@@ -33,10 +33,23 @@ class Hand:
     """`sent` are the calls in flight, in order; `samples`, `records`, `wakes` and `stopped` what the core has said."""
 
     def __init__(
-        self, *engines: str, tokenizer: Any = None, lengths: dict[str, int] | None = None, **tree: Any
+        self,
+        *engines: str,
+        tokenizer: Any = None,
+        lengths: dict[str, int] | None = None,
+        lasting: bool = False,
+        **tree: Any,
     ) -> None:
         plain = {"engine": {"stagger": 0.0}}  # chunks of the size given, and bounds that just add up
-        self.core = Core(resolve(plain, tree), engines or ("a",), run="r", seed=1, tokenizer=tokenizer, lengths=lengths)
+        self.core = Core(
+            resolve(plain, tree),
+            engines or ("a",),
+            run="r",
+            seed=1,
+            tokenizer=tokenizer,
+            lengths=lengths,
+            lasting=lasting,
+        )
         self.now = 0.0
         self.sent: list[Dispatch] = []
         self.records: list[Record] = []

@@ -1,24 +1,31 @@
 """A random rollout for each seed: fleet, groups, options, policy and faults.
 
-`python -m tests.core.scenario SEED...` runs some, and prints a digest of all events and commands of each.
+`python -m tests.core.scenario [lasting] SEED...` runs some, and prints a digest of all events and commands of each.
 """
 
 import random
 import sys
 from typing import Any
 
+import msgspec
+
 from seer_async.config import resolve
 from seer_async.core import Core
 from seer_async.events import GroupAdded
 from seer_async.policies import find_policy
+from seer_async.request import Group, Request
 from seer_async.testing import (
     FaultKind,
+    Faults,
+    LastingWorld,
     LinearCost,
     Mishap,
     Model,
     Reference,
     SimulatedEngine,
     VirtualClock,
+    Wish,
+    WishKind,
     World,
     random_faults,
 )
@@ -27,10 +34,13 @@ from seer_async.types import EngineInfo, Prompt
 from .tokens import byte_level_tokenizer
 
 POLICIES = ["group-round-robin", "no-context", "oracle", "partial", "seer"]  # others only order work differently
+LASTING_POLICIES = ["seer", "foresight", "no-context", "group-round-robin"]  # that need no lengths, and finish
 
 
 class Scenario:
     """`world` is ready to run; `check` compares what came out of it with the reference."""
+
+    policies = POLICIES
 
     def __init__(self, seed: int) -> None:
         self.rng = rng = random.Random(f"scenario {seed}")
@@ -47,7 +57,11 @@ class Scenario:
         self.config = resolve(self._tree())
         clock = VirtualClock(seed)
         self.engines = self._engines(clock)
-        self.world = World(
+        self.world = self._world(clock)
+
+    def _world(self, clock: VirtualClock) -> World:
+        seed = self.seed
+        return World(
             self.config,
             self.groups,
             self.engines,
@@ -67,14 +81,16 @@ class Scenario:
         reference = Reference(
             self.model, self.config.sampling, tokenizer=self.tokenizer, position_seeds=not self.divided_noise
         )
-        groups = {group.prompt.id: group for group in self.groups}
-        assert world.samples.keys() == {f"{g.prompt.id}/{i}" for g in self.groups for i in range(g.n)}
+        assert world.samples.keys() == self._asked_for()
         assert len({sample.seed for sample in world.samples.values()}) == len(world.samples)
         unbiased = world.core.policy.unbiased
         for sample in world.samples.values():
             assert unbiased or not sample.on_policy
             marked = self.config.rollout.mixed_versions == "mark" and not sample.on_policy
-            reference.check(sample, groups[sample.group], world.versions, may_mix=marked)
+            reference.check(sample, world.audit.accounts[sample.id].group, world.versions, may_mix=marked)
+
+    def _asked_for(self) -> set[str]:
+        return {f"{g.prompt.id}/{i}" for g in self.groups for i in range(g.n)}
 
     def _groups(self) -> list[GroupAdded]:
         rng = self.rng
@@ -93,7 +109,7 @@ class Scenario:
     def _tree(self) -> dict[str, Any]:
         rng = self.rng
         limit = max(group.limit for group in self.groups)
-        policy = POLICIES[self.seed % len(POLICIES)]
+        policy = self.policies[self.seed % len(self.policies)]
         chunk_size = rng.choice([0, 5, 10, 20, 60])
         whole = not chunk_size or not find_policy(policy).divided
         sampling: dict[str, Any] = {"max_tokens": limit, "logprobs": rng.choice([0, 0, 2])}
@@ -187,13 +203,82 @@ class Scenario:
         }
 
 
-def trace(seed: int) -> str:
+class Lasting(Scenario):
+    """The same as a service: a core that lasts, groups that come late and are joined, clients that give up."""
+
+    policies = LASTING_POLICIES
+
+    def _world(self, clock: VirtualClock) -> World:
+        return LastingWorld(
+            self.config,
+            [],
+            self.engines,
+            clock,
+            seed=self.seed,
+            faults=self._faults(),
+            tokenizer=self.tokenizer,
+            wishes=self._wishes(),
+        )
+
+    def check(self) -> None:
+        super().check()
+        core = self.world.core
+        assert not core.buffer.groups
+        for keeper in (core.context, core.policy):
+            kept = [key for value in vars(keeper).values() if isinstance(value, dict | set) for key in value]
+            assert not [key for key in kept if isinstance(key, Group | Request)], f"{keeper} remembers what is over"
+
+    def _asked_for(self) -> set[str]:
+        return set(self.world.audit.accounts)
+
+    def _groups(self) -> list[GroupAdded]:
+        return [msgspec.structs.replace(group, forced_lengths=None) for group in super()._groups()]
+
+    def _engines(self, clock: VirtualClock) -> list[SimulatedEngine]:
+        """Only the first is sure to hold every response: without it some are stranded."""
+        engines = super()._engines(clock)
+        for engine in engines[1:]:
+            engine._info = msgspec.structs.replace(engine._info, max_model_len=engine._info.max_model_len // 2 + 1)
+        return engines
+
+    def _faults(self) -> Faults:
+        """What befalls engines only; a service that has ended is not resumed."""
+        faults = super()._faults()
+        faults.timed = [
+            each for each in faults.timed if each.kind not in {FaultKind.CRASH, FaultKind.DRAIN, FaultKind.ABORT}
+        ]
+        return faults
+
+    def _wishes(self) -> list[Wish]:
+        rng = random.Random(f"wishes {self.seed}")
+        until = rng.choice([1.0, 4.0, 12.0])
+        wishes = []
+        for group in self.groups:
+            for _ in range(rng.choice([1, 2, 6])):
+                n = rng.randint(1, group.n)
+                joining = msgspec.structs.replace(group, n=n)
+                wishes.append(Wish(at=rng.uniform(0, until), kind=WishKind.SUBMIT, group=joining))
+        whims = [
+            Wish(
+                at=rng.uniform(0, until),
+                kind=rng.choice([WishKind.CANCEL, WishKind.HAND_BACK, WishKind.PAUSE, WishKind.HOLD]),
+                engine=rng.choice(self.engines).name,
+                count=rng.randint(1, 5),
+                seconds=rng.choice([0.05, 0.5, 3.0]),
+            )
+            for _ in range(rng.choice([0, 3, 10]))
+        ]
+        return wishes + whims
+
+
+def trace(seed: int, kind: type[Scenario] = Scenario) -> str:
     """Digest of all events and commands of a scenario."""
-    scenario = Scenario(seed)
+    scenario = kind(seed)
     scenario.run()
     return scenario.world.trace
 
 
 if __name__ == "__main__":
-    for argument in sys.argv[1:]:
-        print(trace(int(argument)))
+    chosen = Lasting if sys.argv[1:2] == ["lasting"] else Scenario
+    for argument in sys.argv[1 + (chosen is Lasting) :]:
+        print(trace(int(argument), chosen))

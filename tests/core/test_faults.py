@@ -1,7 +1,7 @@
 """Random rollouts under random faults: each response comes out once, and exactly as one undivided call gives it.
 
-Invariants and audit are checked after every event. `SEER_SEEDS=10000` runs more; `python -m tests.core.scenario SEED`
-repeats one.
+Invariants and audit are checked after every event. `SEER_SEEDS=10000` runs more;
+`python -m tests.core.scenario [lasting] SEED` repeats one.
 """
 
 import os
@@ -15,7 +15,7 @@ import pytest
 
 from seer_async.errors import FailureKind
 
-from .scenario import POLICIES, Scenario, trace
+from .scenario import POLICIES, Lasting, Scenario, trace
 
 if TYPE_CHECKING:
     from seer_async.testing import World
@@ -32,6 +32,11 @@ MUST_HAPPEN = [
     *("stale ChunkFinished", "stale ChunkFailed", "stale EngineReport"),
     *("reply of two versions", "empty reply", "restart", "crash"),
     *("EngineDown", "Cancel", "Woke", "Restored"),
+]
+
+MUST_HAPPEN_IN_SERVICES = [
+    *("joined", "despair", "despair while others run", "abort", "restart", "marked", "several engines"),
+    *("RequestsCancelled", "HandBackRequested", "HandBack", "Paused", "Resumed", "EngineHeld", "EngineDown"),
 ]
 
 
@@ -63,6 +68,20 @@ def test_random_rollouts_under_random_faults() -> None:
         seen += tally(scenario)
     if SEEDS >= 300:
         assert [key for key in [*MUST_HAPPEN, *POLICIES] if not seen[key]] == []
+
+
+@pytest.mark.timeout(60 + SECONDS_PER_SEED * SEEDS)
+def test_random_services_under_random_faults() -> None:
+    seen: Counter[str] = Counter()
+    for seed in range(SEEDS // 5):
+        scenario = Lasting(seed)
+        try:
+            scenario.run()
+        except Exception as error:
+            raise AssertionError(f"lasting seed {seed}: {error}") from error
+        seen += tally(scenario)
+    if SEEDS >= 300:
+        assert [key for key in MUST_HAPPEN_IN_SERVICES if not seen[key]] == []
 
 
 # `oracle` in peace; `seer` under faults, with weight changes and stop strings

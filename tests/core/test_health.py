@@ -3,7 +3,15 @@
 import pytest
 
 from seer_async.errors import FailureKind
-from seer_async.events import AbortRequested, DrainRequested
+from seer_async.events import (
+    AbortRequested,
+    DrainRequested,
+    EngineDown,
+    EngineHeld,
+    EngineRemoved,
+    EngineReport,
+    EngineUp,
+)
 
 from .hand import Hand
 
@@ -141,6 +149,24 @@ def test_a_new_process_is_a_new_epoch() -> None:
     hand.up(boot="two")
     assert [(call.request, call.epoch) for call in hand.sent] == [("g/0", 2)]
     assert hand.sent[0].call != lost.call
+
+
+def test_what_is_said_of_an_engine_that_was_removed_counts_for_nothing() -> None:
+    hand = Hand("a", "b", **CHUNKS).up().groups("g")
+    hand.report("b")
+    stats, info = hand.core.instances["b"].stats, hand.core.instances["b"].info
+    assert stats is not None
+    assert info is not None
+    hand.post(EngineRemoved(engine="b"))
+    for event in (
+        EngineDown(engine="b", reason="late"),
+        EngineUp(engine="b", info=info),
+        EngineReport(engine="b", stats=stats),
+        EngineHeld(engine="b", held=True),
+        EngineRemoved(engine="b"),
+    ):
+        assert hand.post(event) == []
+    assert hand.engine_of == {"g/0": "a"}
 
 
 # Nothing can go on

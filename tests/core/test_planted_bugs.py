@@ -12,21 +12,25 @@ import seer_async.responses as responses_module
 import seer_async.sampling as sampling_module
 from seer_async.buffer import RequestBuffer
 from seer_async.calls import Calls
+from seer_async.context import Context
 from seer_async.core import Core
 from seer_async.errors import FailureKind
 from seer_async.events import Cancel, Record
 from seer_async.instance import Instance
+from seer_async.policies.seer import Seer
 from seer_async.request import Request
 from seer_async.responses import Responses
 from seer_async.scheduler import Scheduler
 from seer_async.versions import Versions
 
-from .scenario import Scenario
+from .scenario import Lasting, Scenario
 
 MOST_SEEDS = 100
 
 PLANTS: list[Callable[[pytest.MonkeyPatch], None]] = []
 plant = PLANTS.append
+PLANTS_IN_SERVICES: list[Callable[[pytest.MonkeyPatch], None]] = []  # in what only a core that lasts does
+plant_in_services = PLANTS_IN_SERVICES.append
 
 
 def before(patch: pytest.MonkeyPatch, owner: Any, name: str, extra: Callable[..., None]) -> None:
@@ -374,12 +378,65 @@ def mark_forgotten_on_resume(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Responses, "restore", mutant)
 
 
-@pytest.mark.parametrize("planted", PLANTS, ids=lambda planted: planted.__name__)
-def test_planted_bug_is_found(planted: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
+# A core that lasts
+
+
+@plant_in_services
+def group_never_forgotten(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(RequestBuffer, "forget", lambda self, group: None)
+
+
+@plant_in_services
+def estimate_never_forgotten(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Context, "forget", lambda self, group: None)
+
+
+@plant_in_services
+def policy_remembers(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Seer, "forget", lambda self, group: None)
+
+
+@plant_in_services
+def open_requests_miscounted_when_joined(patch: pytest.MonkeyPatch) -> None:
+    after(patch, RequestBuffer, "add", lambda self, group, requests: setattr(group, "open", len(requests)))
+
+
+@plant_in_services
+def handed_back_and_sent_again(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Responses, "put_back", lambda self, request: self._buffer.wait(request, self._turn.now))
+
+
+@plant_in_services
+def sent_in_a_pause(patch: pytest.MonkeyPatch) -> None:
+    after(patch, Core, "_take", lambda self, event: setattr(self, "paused", False))
+
+
+@plant_in_services
+def held_engine_used(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Instance, "usable", lambda self, now: self.up and now >= self.closed_until)
+
+
+@plant_in_services
+def despair_too_early(patch: pytest.MonkeyPatch) -> None:
+    before(patch, Core, "_despair_of_stranded", lambda self, now: _age(self._scheduler))
+
+
+def _age(scheduler: Scheduler) -> None:
+    scheduler.stranded = dict.fromkeys(scheduler.stranded, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("planted", "kind"),
+    [*((planted, Scenario) for planted in PLANTS), *((planted, Lasting) for planted in PLANTS_IN_SERVICES)],
+    ids=lambda value: value.__name__,
+)
+def test_planted_bug_is_found(
+    planted: Callable[[pytest.MonkeyPatch], None], kind: type[Scenario], monkeypatch: pytest.MonkeyPatch
+) -> None:
     planted(monkeypatch)
     for seed in range(MOST_SEEDS):
         try:
-            Scenario(seed).run()
+            kind(seed).run()
         except Exception as error:  # noqa: BLE001 - a planted bug may break anything
             print(f"found by seed {seed}: {type(error).__name__}: {str(error)[:200]}")
             return
@@ -389,3 +446,4 @@ def test_planted_bug_is_found(planted: Callable[[pytest.MonkeyPatch], None], mon
 def test_these_seeds_find_nothing_in_the_core_itself() -> None:
     for seed in range(60):
         Scenario(seed).run()
+        Lasting(seed).run()

@@ -186,6 +186,20 @@ def test_round_robin_binds_a_group_anew_only_when_its_engine_is_lost() -> None:
     assert hand.engine_of == {"g/0": "b", "g/1": "b", "h/1": "b", "h/0": "a"}
 
 
+@pytest.mark.parametrize("failed", [2, 3])
+def test_partial_is_not_content_with_failures(failed: int) -> None:
+    """With two of four failed the others must both finish; with three there is one to wait for."""
+    hand = Hand(scheduler={"policy": "partial", "over_issue": 2.0}, **TENS).groups("a", "b", n=2).close().up()
+    requests = ["a/0", "a/1", "b/0", "b/1"]
+    for request in requests[:failed]:
+        hand.fail(request, FailureKind.REJECTED)
+    for request in requests[failed:]:
+        assert hand.stopped is None
+        hand.answer(request, 3, "stop")
+    assert hand.stopped == "done"
+    assert [hand.samples[request].finish_reason for request in requests] == ["error"] * failed + ["stop"] * (4 - failed)
+
+
 def test_partial_stops_early_and_marks_everything() -> None:
     hand = Hand(scheduler={"policy": "partial", "over_issue": 2.0}, **TENS).groups("a", "b", n=2).close().up()
     hand.answer("b/0", 3, "stop")

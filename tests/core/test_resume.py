@@ -1,5 +1,7 @@
 """A new core goes on where the journal ends: groups first, then what the journal holds, then the end of input."""
 
+import pytest
+
 from seer_async.events import Restored
 
 from .hand import Hand
@@ -73,6 +75,21 @@ def test_a_response_longer_than_todays_limit_is_at_its_end() -> None:
     hand = resumed(begun(), emitted=("g/0",), limit=8)
     assert hand.samples["g/1"].finish_reason == "length"
     assert len(hand.samples["g/1"].token_ids) == 10
+
+
+@pytest.mark.parametrize("policy", ["seer", "foresight", "no-context"])
+def test_what_is_recorded_beyond_todays_limit_counts(policy: str) -> None:
+    """Of g/0 and g/1 records follow the one that reaches the limit; g/0 is written already."""
+    first = Hand(**TENS).up().groups("g", n=3)
+    for request in ("g/0", "g/1", "g/2"):
+        first.answer(request)
+        first.answer(request)
+    first.answer("g/0", 5, "stop")
+    first.answer("g/1", 5, "stop")
+    hand = resumed(first, emitted=("g/0",), limit=15, scheduler={"policy": policy})
+    reasons = {name: (sample.finish_reason, len(sample.token_ids)) for name, sample in hand.samples.items()}
+    assert reasons == {"g/1": ("stop", 25), "g/2": ("length", 20)}
+    assert hand.stopped == "done"
 
 
 def test_the_seed_of_a_sample_outlives_its_orchestrator() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import httpx
 import msgspec
 import pytest
 
+from seer_async import service as service_module
 from seer_async.config import resolve
 from seer_async.errors import BusyError, RefusedError
 from seer_async.options import GroupOptions
@@ -88,6 +90,49 @@ async def test_requests_with_equal_prompts_are_siblings(engines: list[MockProces
         assert len({tuple(sample.token_ids) for sample in samples}) > 1
         again = service.submit(work(1))
         assert again.requests[0] not in [request for ticket in tickets for request in ticket.requests]
+
+
+@pytest.mark.parametrize("paused", [False, True])
+async def test_a_prompt_that_is_always_asked_for_is_forgotten_in_parts(
+    engines: list[MockProcess], monkeypatch: pytest.MonkeyPatch, paused: bool
+) -> None:
+    monkeypatch.setattr(service_module, "_MOST_SIBLINGS", 4)
+    async with serving(engines[:1]) as service:
+        if paused:
+            await service.pause("keep")
+        tickets = [service.submit(work(1)) for _ in range(10)]
+        groups = Counter(ticket.requests[0].rpartition("/")[0] for ticket in tickets)
+        assert list(groups.values()) == [4, 4, 2]
+        large = service.submit(work(2, n=9))
+        assert len({request.rpartition("/")[0] for request in large.requests}) == 1
+        if paused:
+            service.resume()
+        first, *others = tickets
+        service.cancel(first)
+        for ticket in others[:3]:
+            await ticket.all()
+        assert next(iter(groups)) not in service.core.buffer.groups
+        for ticket in others[3:]:
+            assert_right((await ticket.all())[0])
+
+
+async def test_what_comes_in_during_a_pause_counts_as_open(engines: list[MockProcess]) -> None:
+    async with serving(engines[:1], serve={"max_requests": 8}) as service:
+        before = service.submit(work(1, n=2))
+        await service.pause("keep")
+        held = [service.submit(work(number, n=2)) for number in (2, 3, 4)]
+        with pytest.raises(BusyError, match="8 requests are open, of 8"):
+            service.submit(work(5))
+        service.cancel(held[0])
+        await service.abort(held[1].requests, 0.1)
+        held[:2] = [service.submit(work(5, n=4))]
+        with pytest.raises(BusyError):
+            service.submit(work(6))
+        service.resume()
+        for ticket in (before, *held):
+            for sample in await ticket.all():
+                assert_right(sample)
+        assert service.core.buffer.open == 0
 
 
 async def test_options_are_the_groups_own(engines: list[MockProcess]) -> None:
