@@ -255,7 +255,7 @@ class TestNotInstalled:
 
     def test_no_package(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.without(tmp_path, monkeypatch, "raise ModuleNotFoundError(\"No module named 'mooncake'\")")
-        with pytest.raises(FleetError, match=r"pip install 'seer-async\[mooncake\]'"):
+        with pytest.raises(FleetError, match=r"pip install '\.\[mooncake\]'"):
             check_installed()
 
     def test_no_library(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
