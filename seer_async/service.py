@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import secrets
 import time
-from collections import Counter
 from typing import TYPE_CHECKING, Self
 
 import msgspec
@@ -31,6 +30,7 @@ from seer_async.events import (
     VersionSet,
 )
 from seer_async.fleet import open_fleet
+from seer_async.held import Held
 from seer_async.sampling import mix_seed
 from seer_async.shell import Clock, Shell
 from seer_async.snapshot import Snapshot, take_snapshot
@@ -76,10 +76,7 @@ class Service:
         self._serial = 0
         self._desk = Desk()
         self._groups: dict[bytes, str] = {}  # id of the latest group by what makes siblings
-        self._held: list[GroupAdded] = []  # while paused
-        self._held_sizes = Counter[str]()  # requests by group
-        self._held_prompts: dict[str, list[int]] = {}  # by request, of those that are still wanted
-        self._unwanted: list[str] = []  # requests to cancel when they are no longer held
+        self._held = Held()
         self._stack = contextlib.AsyncExitStack()
         self._loop_task: asyncio.Task[str] | None = None
 
@@ -155,9 +152,7 @@ class Service:
             seeds=work.seeds or tuple(self._fresh_seed() for _ in range(work.n)),
         )
         if self.paused:
-            self._held.append(event)
-            self._held_sizes[group] += work.n
-            self._held_prompts |= dict.fromkeys(ticket.requests, work.prompt_token_ids)
+            self._held.add(event, ticket.requests)
         else:
             self._shell.post(event)
         return ticket
@@ -165,10 +160,7 @@ class Service:
     def cancel(self, ticket: Ticket) -> None:
         """Nobody wants the rest of it: stop working for it, and tell its reader nothing more."""
         self._desk.drop(ticket)
-        if self.paused:
-            self._unwanted += ticket.requests
-            for request in ticket.requests:
-                self._held_prompts.pop(request, None)
+        self._held.drop(ticket.requests)
         self._shell.post(RequestsCancelled(requests=tuple(ticket.requests)))
 
     def _check(self, work: Work, room: int) -> None:
@@ -187,7 +179,7 @@ class Service:
             raise RefusedError(f"a token id is outside the model's vocabulary of {self.info.vocab_size}")
         if work.n < 1:
             raise RefusedError("n must be at least 1")
-        opened = self.core.buffer.open + len(self._held_prompts)
+        opened = self.core.buffer.open + self._held.wanted
         if opened + work.n > self.config.serve.max_requests:
             raise BusyError(
                 f"{opened} requests are open, of {self.config.serve.max_requests} at most",
@@ -213,7 +205,7 @@ class Service:
     def _size(self, group: str) -> int:
         """Requests of a group that can be joined; 0 if it cannot."""
         if self.paused:
-            return self._held_sizes[group]
+            return self._held.size(group)
         known = self.core.buffer.groups.get(group)
         return len(known.requests) if known else 0
 
@@ -248,11 +240,11 @@ class Service:
 
         They have what their calls in flight have sampled, as far as engines hand it back within `grace_s` seconds.
         """
-        opened, held = self._open(), set(self._held_prompts)
+        opened, held = self._open(), self._held.requests()
         wanted = (opened | held) if requests is None else (opened | held).intersection(requests)
         for request in wanted & held:
-            self._desk.emit(ended_sample(request, "abort", prompt=self._held_prompts.pop(request)))
-            self._unwanted.append(request)
+            self._desk.emit(ended_sample(request, "abort", prompt=self._held.prompt(request)))
+        self._held.drop(wanted)
         self._shell.post(HandBackRequested(requests=tuple(wanted & opened)))
         await self._end(wanted & opened, grace_s)
         return len(wanted)
@@ -277,9 +269,7 @@ class Service:
     def resume(self) -> None:
         """Go on, with what has come in meanwhile."""
         self.paused = None
-        self._shell.post(Resumed(), *self._held, RequestsCancelled(requests=tuple(self._unwanted)))
-        for held in (self._held, self._held_sizes, self._held_prompts, self._unwanted):
-            held.clear()
+        self._shell.post(Resumed(), *self._held.release())
 
     def set_version(self, version: str) -> None:
         """Sample from these weights only; what was begun with others begins again."""
