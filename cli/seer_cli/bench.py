@@ -135,8 +135,10 @@ def drafts(
         raise UsageError(f"--contender {unknown}: give one of {', '.join(KINDS)}")
     fleet = {"draft_tokens": draft_tokens, "kv_cache_gib": kv_cache_gib, "model": model, "max_model_len": max_model_len}
     config = resolve({"fleet": fleet | {"vllm_args": vllm_arg or []}})
-    points = [Point(b, t) for t in temperature or [0.6, 1.0] for b in batch or [1, 4, 16, 64]]
-    points += [Point(4, t, elsewhere=True) for t in temperature or [0.6, 1.0]] if elsewhere else []
+    points: list[Point] = []
+    for t in temperature or [0.6, 1.0]:  # all of one after the other: drafters learn what drafts are worth at it
+        points += [Point(b, t) for b in batch or [1, 4, 16, 64]]
+        points += [Point(4, t, elsewhere=True)] if elsewhere else []
     prompts = read_dataset(dataset or default_dataset())
     with (
         tempfile.TemporaryDirectory() as scratch,
