@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from seer_async.belief import Belief, Evidence
 from seer_async.policies.base import Policy
-from seer_async.policies.queues import LEAST_SWEEP, WaitingQueue
+from seer_async.policies.queues import WaitingQueue, sweep
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -120,9 +120,7 @@ class Foresight(Policy):
             if self._keys.get(request) != -left:
                 self._keys[request] = -left
                 heapq.heappush(self._heap, (-left, group.order, request.index, request))
-        if len(self._heap) > LEAST_SWEEP + 2 * len(self._keys):
-            self._heap = [entry for entry in self._heap if self._keys.get(entry[3]) == entry[0]]
-            heapq.heapify(self._heap)
+        sweep(self._heap, len(self._keys), lambda entry: self._keys.get(entry[3]) == entry[0])
 
     def _left(self, group: Group, requests: Sequence[Request]) -> list[float]:
         """Tokens that requests of the group are taken to have left."""

@@ -8,16 +8,26 @@ O(log waiting) amortised, and memory stays proportional to what waits.
 from __future__ import annotations
 
 import heapq
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from seer_async.request import State
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from seer_async.request import Request
 
+_Entry = TypeVar("_Entry", bound=tuple[Any, ...])
 
-LEAST_SWEEP = 1024
-"""Entries of a heap before stale ones are looked for."""
+
+LEAST_SWEEP = 1024  # entries of a heap before stale ones are looked for
+
+
+def sweep(heap: list[_Entry], live: int, is_live: Callable[[_Entry], bool]) -> None:
+    """Drop the stale entries of a heap once they outnumber those that are `live`."""
+    if len(heap) > LEAST_SWEEP + 2 * live:
+        heap[:] = filter(is_live, heap)
+        heapq.heapify(heap)
 
 
 class WaitingQueue:

@@ -12,7 +12,7 @@ import heapq
 from typing import TYPE_CHECKING
 
 from seer_async.policies.base import Policy
-from seer_async.policies.queues import LEAST_SWEEP, WaitingQueue
+from seer_async.policies.queues import WaitingQueue, sweep
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -69,9 +69,7 @@ class Seer(Policy):
         if self._ranked.get(group) != estimate:
             self._ranked[group] = estimate
             heapq.heappush(self._groups, (-estimate, group.order, group))
-        if len(self._groups) > LEAST_SWEEP + 2 * len(self._ranked):
-            self._groups = [entry for entry in self._groups if self._ranked.get(entry[2]) == -entry[0]]
-            heapq.heapify(self._groups)
+        sweep(self._groups, len(self._ranked), lambda entry: self._ranked.get(entry[2]) == -entry[0])
 
     def _longest(self) -> Request | None:
         while self._groups:
