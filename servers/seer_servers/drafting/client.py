@@ -16,18 +16,19 @@ import weakref
 from collections import deque
 from typing import TYPE_CHECKING
 
-from seer_servers.drafting.address import check_address
+from seer_servers.drafting.address import ADDRESS_ENV, check_address
 from seer_servers.drafting.link import Link
 from seer_servers.drafting.replica import Increment, Replica
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["DraftClient", "Increment"]
+__all__ = ["DraftClient", "Increment", "drafter_client"]
 
 BATCH_S = 0.025  # additions wait this long at most for company
 FETCH_S = 0.05  # between two fetches while tokens flow
 IDLE_FETCH_S = 0.5  # and when none do
+DRAFTER_BATCH_S, DRAFTER_FETCH_S = 0.1, 0.2  # in an engine's drafter: the thread takes its time from the engine's core
 MAX_INBOX = 65_536  # additions: hundreds of steps of a batch of 256
 MAX_OUTBOX = 16_384  # increments that nobody took; then nothing is fetched until somebody does
 SWEEP_S = 5.0
@@ -215,3 +216,11 @@ def _forked() -> None:
 
 
 os.register_at_fork(after_in_child=_forked)
+
+
+def drafter_client() -> DraftClient | None:
+    """The client of this engine's drafter, if the engine has a draft server."""
+    address = os.environ.get(ADDRESS_ENV)
+    if not address:
+        return None
+    return DraftClient(address, name=f"engine-{os.getpid()}", batch_s=DRAFTER_BATCH_S, fetch_s=DRAFTER_FETCH_S)

@@ -8,7 +8,6 @@ Invariants: nothing here waits for anything outside the process; a draft never r
 model's length or a pending minimum length; whatever is drafted, what is sampled stays the same (see `verification`).
 """
 
-import os
 import time
 from typing import Any, NamedTuple
 
@@ -22,16 +21,14 @@ from seer_async.drafting.budget import Budget
 from seer_async.drafting.groups import Groups
 from seer_async.drafting.index import GroupIndex, Lookup, Path
 from seer_async.drafting.steptime import Profile, StepTime
-from seer_servers.drafting.address import ADDRESS_ENV
-from seer_servers.drafting.client import DraftClient
+from seer_servers.drafting.client import drafter_client
+from seer_servers.drafting.wire import DEFAULT_TTL_S
 from seer_servers.plugin.draft_stats import DraftStats, Publisher
 from seer_servers.plugin.kinship import kinship_of
 from seer_servers.plugin.marker import original_prompt_len
 
 logger = init_logger("vllm.seer")
 
-SEND_S, FETCH_S = 0.1, 0.2  # siblings' news may be that old; the client's thread shares the engine's core
-TTL_S = 600.0  # how long the draft server keeps a group that no engine speaks of
 SWEEP_EVERY = 32  # steps
 TAKE_IN_EVERY = 8  # steps, while nothing is drafted: one by one, tokens cost an engine that gains nothing by them
 SETTINGS = ("max_spec_tokens", "pattern_lookup_min", "pattern_lookup_max", "min_score")
@@ -87,10 +84,7 @@ class GroupedDrafter:
         self.budget = Budget(StepTime())
         self.stats = DraftStats()
         self._publisher = Publisher()
-        address = os.environ.get(ADDRESS_ENV)
-        self.client = (
-            DraftClient(address, name=f"engine-{os.getpid()}", batch_s=SEND_S, fetch_s=FETCH_S) if address else None
-        )
+        self.client = drafter_client()
         self._rows: dict[str, Row] = {}
         self._runner: Any = None
         self._scheduled: Any = None
@@ -172,7 +166,7 @@ class GroupedDrafter:
             row.known = self.groups.length(row.group, row.request)  # of earlier chunks
             self.groups.add(row.group, "prompt", 0, state.prompt_token_ids[: row.prompt_len])
             if self.client:
-                self.client.register_group(row.group, TTL_S)
+                self.client.register_group(row.group, DEFAULT_TTL_S)
         return row
 
     def _learn_time(self, now: float, batch: list[Decoding]) -> None:

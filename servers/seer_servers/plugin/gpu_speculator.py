@@ -9,7 +9,6 @@ Invariants: nothing here waits for the GPU or for anything outside the process; 
 before, never on the draw that it is about.
 """
 
-import os
 import time
 from typing import Any
 
@@ -17,6 +16,8 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
+from seer_servers.drafting.client import drafter_client
+from seer_servers.drafting.wire import DEFAULT_TTL_S
 from seer_servers.plugin.draft_stats import MAX_GROUPS, Publisher
 from seer_servers.plugin.gpu_kernels import (
     GONE,
@@ -39,10 +40,7 @@ from seer_servers.plugin.gpu_outlook import Outlook
 from seer_servers.plugin.gpu_siblings import Name, Siblings
 from seer_servers.plugin.kinship import kinship_of
 
-SERVER_ENV = "SEER_DRAFT_SERVER"
-TTL_S = 600.0  # how long the draft server keeps a group that no engine speaks of
 SHARED_TOKENS = 32  # of a request, handed on together: one by one they would cost the engine's process too much
-SEND_S, FETCH_S = 0.1, 0.2  # the client's thread takes the engine's process from it
 FETCH_STEPS = 8
 # Steps without drafts between two looks at what siblings do and what drafts would bring; a multiple of the above.
 REST_STEPS = 32
@@ -71,7 +69,7 @@ class GroupedSpeculator(BaseSpeculator):  # type: ignore[misc]  # vLLM has no ty
         self.siblings = Siblings(req_states, vllm_config.model_config.get_vocab_size())
         self.running: dict[str, Running] = {}
         self.newcomers: dict[int, float] = {}  # by slot, of whose request nothing is known yet: its weight
-        self.client = _client()
+        self.client = drafter_client()
         self._match = {"shortest": spec.prompt_lookup_min, "longest": min(spec.prompt_lookup_max, LONGEST_MATCH)}
         self._splits = max(1, min(MAX_SPLITS, req_states.max_model_len // SPLIT_TOKENS))
 
@@ -232,7 +230,7 @@ class GroupedSpeculator(BaseSpeculator):  # type: ignore[misc]  # vLLM has no ty
         self.newcomers[slot] = weight
         self.running[request_id] = running
         if self.client:
-            self.client.register_group(group, TTL_S)
+            self.client.register_group(group, DEFAULT_TTL_S)
             running.kept += response
 
     def left(self, request_id: str, slot: int) -> None:
@@ -256,7 +254,7 @@ class GroupedSpeculator(BaseSpeculator):  # type: ignore[misc]  # vLLM has no ty
 
     def _hand_on(self, running: "Running") -> None:
         tokens, running.kept = running.kept, []
-        if tokens:
+        if tokens and self.client:
             self.client.update(*running.name, running.shared, tokens)
             running.shared += len(tokens)
 
@@ -318,12 +316,3 @@ def _prior(steps: int) -> torch.Tensor:
     assert len(PRIOR_BY_SUPPORT) == SUPPORTS
     rates = torch.outer(torch.tensor(PRIOR_BY_LENGTH), torch.tensor(PRIOR_BY_SUPPORT)).view(KINDS, 1)
     return rates.repeat(1, steps)
-
-
-def _client() -> Any:
-    address = os.environ.get(SERVER_ENV)
-    if not address:
-        return None
-    from seer_servers.drafting.client import DraftClient  # noqa: PLC0415 - only engines of a fleet have a server
-
-    return DraftClient(address, name=f"engine-{os.getpid()}", batch_s=SEND_S, fetch_s=FETCH_S)
