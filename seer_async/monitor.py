@@ -48,8 +48,11 @@ class Monitor:
         self._stopped = False
         self._suspect = asyncio.Event()
 
-    async def run(self, *, up: bool) -> None:
-        """Follow the engine, which is `up` or not yet, until cancelled or stopped."""
+    def start(self, tasks: asyncio.TaskGroup, *, up: bool) -> None:
+        """Follow the engine, which is `up` or not yet, in a task of its own until that is cancelled or this stopped."""
+        self.task = tasks.create_task(self._run(up=up), name=f"monitor {self._name}")
+
+    async def _run(self, *, up: bool) -> None:
         while not self._stopped:
             if not up:
                 await self._attach()
@@ -62,9 +65,10 @@ class Monitor:
         self._suspect.set()
 
     def stop(self) -> None:
-        """Post nothing more, and end. Its task is to be cancelled, too, but libraries lose cancellations."""
+        """Post nothing more, and end. Cancelling the task alone would not do: libraries lose cancellations."""
         self._stopped = True
         self._suspect.set()
+        self.task.cancel()
 
     def _post(self, event: Event) -> None:
         if not self._stopped:

@@ -95,7 +95,6 @@ class Shell:
         self._alarm: asyncio.TimerHandle | None = None
         self._tasks: asyncio.TaskGroup | None = None
         self._monitors: dict[str, Monitor] = {}
-        self._following: dict[str, asyncio.Task[None]] = {}  # the monitors' tasks
 
     async def run(self, attached: Mapping[str, EngineInfo]) -> str:
         """Roll out until the core stops; returns its reason.
@@ -111,7 +110,8 @@ class Shell:
                 self._follow(name)
             tasks = [self._tasks.create_task(self._report()), self._tasks.create_task(self._measure())]
             await asyncio.wait([self._stopped])
-            await _ended([*tasks, *self._following.values(), *self._calls.values(), *self._errands])
+            monitors = [monitor.task for monitor in self._monitors.values()]
+            await _ended([*tasks, *monitors, *self._calls.values(), *self._errands])
         if self._alarm:
             self._alarm.cancel()
         self._report_once()
@@ -149,15 +149,12 @@ class Shell:
         monitor = self._monitors[name] = Monitor(
             name, self._clients[name], self._config.engine, accepts=self._accepts, post=self.post
         )
-        self._following[name] = self._tasks.create_task(
-            monitor.run(up=self._core.instances[name].up), name=f"monitor {name}"
-        )
+        monitor.start(self._tasks, up=self._core.instances[name].up)
 
     def _leave(self, name: str) -> None:
-        self._monitors.pop(name).stop()
-        task = self._following.pop(name)
-        task.cancel()
-        self._remember(task)
+        monitor = self._monitors.pop(name)
+        monitor.stop()
+        self._remember(monitor.task)
 
     def _remember(self, task: asyncio.Task[None]) -> None:
         """It must end with the rollout, also if it was cancelled: that may be lost."""
