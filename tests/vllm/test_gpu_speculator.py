@@ -764,25 +764,31 @@ def test_the_switch_turns_when_things_change():
 
 def test_the_switch_hears_what_drafts_would_bring(monkeypatch):
     monkeypatch.setattr(gpu_switch, "_heard", [])
-    gpu_switch.listen_to(SimpleNamespace(outlook=Outlook(DEVICE), enabled=True))
+    gpu_switch.listen_to(SimpleNamespace(outlook=Outlook(DEVICE), enabled=True, adaptive=True))
     assert play(gpu_switch.Switch(8, 8192), 4, 3000, lambda drafting: (0.004, 1.0) if drafting else (0.003, 1.0)) == 0
 
 
 def test_drafting_is_switched_off_and_on_by_hand(monkeypatch):
     monkeypatch.setattr(gpu_switch, "_heard", [])
     speculator = object.__new__(gpu_drafting.GroupedSpeculator)
-    speculator.enabled = True
+    speculator.enabled = speculator.adaptive = True
     gpu_switch.listen_to(speculator)
     switch, runner = gpu_switch.Switch(8, 8192), SimpleNamespace(speculator=speculator)
     switch.duel(4).drafting = True
-    assert drafting.configure(runner, {}) == {"enabled": True}
+    assert drafting.configure(runner, {}) == {"enabled": True, "adaptive": True}
     assert switch[4] == 8
     assert drafting.configure(runner, {"enabled": False, "max_spec_tokens": 4})["status"] == 400
     assert switch[4] == 8
-    assert drafting.configure(runner, {"enabled": False}) == {"enabled": False}
+    assert drafting.configure(runner, {"enabled": False}) == {"enabled": False, "adaptive": True}
     assert switch[4] == 0
-    assert drafting.configure(runner, {"enabled": True}) == {"enabled": True}
+    assert drafting.configure(runner, {"enabled": True}) == {"enabled": True, "adaptive": True}
     assert switch[4] == 8
+    switch.duel(4).drafting = False
+    assert switch[4] == 0
+    assert drafting.configure(runner, {"adaptive": False}) == {"enabled": True, "adaptive": False}
+    assert switch[4] == 8
+    assert drafting.configure(runner, {"enabled": False}) == {"enabled": False, "adaptive": False}
+    assert switch[4] == 0
     assert drafting.configure(SimpleNamespace(speculator=object()), {})["status"] == 404
 
 

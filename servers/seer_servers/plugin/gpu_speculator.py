@@ -64,7 +64,7 @@ class GroupedSpeculator(BaseSpeculator):  # type: ignore[misc]  # vLLM has no ty
     def __init__(self, vllm_config: Any, device: torch.device, req_states: Any) -> None:
         spec = vllm_config.speculative_config
         slots, steps = req_states.max_num_reqs, spec.num_speculative_tokens
-        self.enabled = True  # drafting is allowed (see `gpu_switch`)
+        self.enabled = self.adaptive = True  # drafting is allowed, where it pays (see `gpu_switch`)
         self.idle = True  # whether the last step went without drafts
         self.siblings = Siblings(req_states, vllm_config.model_config.get_vocab_size())
         self.running: dict[str, Running] = {}
@@ -101,13 +101,14 @@ class GroupedSpeculator(BaseSpeculator):  # type: ignore[misc]  # vLLM has no ty
 
     def settings(self) -> dict[str, Any]:
         """What `configure` can change."""
-        return {"enabled": self.enabled}
+        return {"enabled": self.enabled, "adaptive": self.adaptive}
 
-    def configure(self, *, enabled: bool | None = None, **other: Any) -> None:
+    def configure(self, *, enabled: bool | None = None, adaptive: bool | None = None, **other: Any) -> None:
         """Change settings; raises ValueError if there are others, and then changes none."""
         if other:
-            raise ValueError(f"On a GPU only enabled can be changed, not {', '.join(other)}.")
+            raise ValueError(f"On a GPU only enabled and adaptive can be changed, not {', '.join(other)}.")
         self.enabled = self.enabled if enabled is None else enabled
+        self.adaptive = self.adaptive if adaptive is None else adaptive
 
     def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
         """Nothing here runs in a CUDA graph."""

@@ -21,10 +21,14 @@ UPDATE = ("self", "scheduler_output", "model_runner_output")
 
 
 class Drafter(Protocol):
-    """What the switch asks of the speculator: what drafts would bring, and whether an operator lets it draft."""
+    """What the switch asks of the speculator: what drafts would bring, and what an operator has decided.
+
+    Not `enabled`, it never drafts; not `adaptive`, it always does.
+    """
 
     outlook: Outlook
     enabled: bool
+    adaptive: bool
 
 
 _heard: list[Drafter] = []  # in this process: the worker's, which on one GPU is the scheduler's process too
@@ -39,8 +43,11 @@ def _guess() -> float | None:
     return _heard[0].outlook.brings if _heard else None
 
 
-def _enabled() -> bool:
-    return not _heard or _heard[0].enabled
+def _decided() -> bool | None:
+    """Whether to draft, if that is not the duels' to decide."""
+    if not _heard or (_heard[0].enabled and _heard[0].adaptive):
+        return None
+    return _heard[0].enabled
 
 
 class Switch:
@@ -53,7 +60,8 @@ class Switch:
 
     def __getitem__(self, requests: int) -> int:
         """Tokens to draft for each of `requests`."""
-        if not _enabled() or not self.duel(requests).drafting:
+        decided = _decided()
+        if not (self.duel(requests).drafting if decided is None else decided):
             return 0
         return max(0, min(self._most, self._step_tokens // requests - 1))
 
