@@ -26,9 +26,10 @@ from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.model_states import default as model_states
 from vllm.v1.worker.gpu.spec_decode import adaptive_verification
 
-from seer_servers.plugin import drafting, gpu_drafting, gpu_siblings, gpu_switch, gpu_verification
+from seer_servers.plugin import drafting, gpu_admission, gpu_drafting, gpu_siblings, gpu_switch, gpu_verification
 from seer_servers.plugin import gpu_kernels as kernels
 from seer_servers.plugin.draft_stats import read_page
+from seer_servers.plugin.gpu_admission import Admission
 from seer_servers.plugin.gpu_outlook import ENOUGH, Outlook
 from seer_servers.plugin.gpu_siblings import Name, Siblings
 from seer_servers.plugin.gpu_speculator import REST_STEPS, Page
@@ -605,16 +606,45 @@ def test_other_ways_to_verify_are_vllms(place, option):
     assert told == [(tuple(arguments), {"use_fp64": True} | option)]
 
 
-@pytest.mark.parametrize("requests", [1, 3])
-def test_drafts_to_verify_are_shared_out_as_by_vllm(requests):
-    (patch,) = (each for each in gpu_verification.patches() if each.name == "_assign_draft_token_budget_compiled")
-    ours, theirs = patch.around(None), adaptive_verification._assign_draft_token_budget
-    confidence = torch.rand(SLOTS, STEPS)
-    for budget in range(1, STEPS * requests):
-        found = [torch.full((requests,), STEPS, dtype=torch.int32) for _ in range(2)]
-        for assign, capacities in zip((ours, theirs), found, strict=True):
-            assign(confidence, torch.arange(requests), capacities, budget, STEPS)
-        assert found[0].tolist() == found[1].tolist()
+def admitted(confidence, drafted, others, budget):
+    """What each request has to verify, as the kernel tells it: from where its logits and its tokens begin."""
+    requests = len(drafted)
+    logits, queries = (torch.full((requests + 3,), -9, dtype=torch.int32, device=DEVICE) for _ in range(2))
+    counts = torch.tensor([drafted, others], dtype=torch.int32, device=DEVICE)
+    slots = torch.arange(requests, device=DEVICE)
+    kernels.admit(confidence.to(DEVICE), slots, counts, budget, logits=logits, queries=queries, bonus=1)
+    assert logits[requests + 1 :].tolist() == queries[requests + 1 :].tolist() == [-9, -9]
+    assert logits[0] == queries[0] == 0
+    found = (logits[: requests + 1].diff() - 1).tolist()
+    assert (queries[: requests + 1].diff() - torch.tensor(others, device=DEVICE)).tolist() == found
+    return found
+
+
+@pytest.mark.parametrize("drafted", [[STEPS], [STEPS, STEPS, STEPS], [2, 0, STEPS, 1], [1] * 20])
+def test_the_likeliest_drafts_are_admitted(drafted):
+    """As by vLLM, whose own way takes a dozen kernels."""
+    torch.manual_seed(len(drafted))
+    confidence = torch.rand(len(drafted), STEPS)
+    confidence[0, 0] *= 1.9  # a weight
+    others = [1 + number % 3 for number in range(len(drafted))]
+    for budget in range(sum(drafted) + 1):
+        expected = torch.tensor(drafted, dtype=torch.int32)
+        if 0 < budget < sum(drafted):
+            adaptive_verification._assign_draft_token_budget(
+                confidence, torch.arange(len(drafted)), expected, budget, STEPS
+            )
+        elif budget == 0:
+            expected.zero_()
+        assert admitted(confidence, drafted, others, budget) == expected.tolist()
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
+def test_of_equally_likely_drafts_so_many_are_admitted(value):
+    drafted = [STEPS, 1, STEPS]
+    for budget in range(sum(drafted) + 1):
+        found = admitted(torch.full((3, STEPS), value), drafted, [1, 1, 1], budget)
+        assert sum(found) == budget
+        assert all(0 <= some <= most for some, most in zip(found, drafted, strict=True))
 
 
 @pytest.fixture
@@ -623,9 +653,9 @@ def verification(monkeypatch):
     monkeypatch.setattr(
         adaptive_verification, "get_tp_group", lambda: SimpleNamespace(broadcast_object=lambda x, src: x)
     )
-    monkeypatch.setattr(gpu_verification.GroupedVerification, "_time_sampling", lambda *_: 0.1)
-    monkeypatch.setattr(gpu_verification.rejection_sampler, "gather_draft_sampled", lambda *_: None)  # needs a GPU
-    whole = gpu_verification.GroupedVerification.__new__(gpu_verification.GroupedVerification)
+    monkeypatch.setattr(Admission, "_time_sampling", lambda *_: 0.1)
+    monkeypatch.setattr(gpu_admission.rejection_sampler, "gather_draft_sampled", lambda *_: None)  # needs a GPU
+    whole = Admission.__new__(Admission)
     lengths = SimpleNamespace(np=np.full(SLOTS, 7), gpu=torch.full((SLOTS,), 7, dtype=torch.int32))
     whole.req_states = SimpleNamespace(
         device=DEVICE,
@@ -637,7 +667,9 @@ def verification(monkeypatch):
     )
     whole._runner = SimpleNamespace(input_buffers=InputBuffers(SLOTS, 256, DEVICE))
     whole.num_speculative_steps, whole.num_bonus_tokens = STEPS, 1
-    whole._stale_idx, whole._stale_confidences = 0, [SimpleNamespace(np=np.full((SLOTS, STEPS), 0.9))]
+    whole._forecasts = np.full((SLOTS, STEPS), 0.9, np.float32)
+    whole._confidence_probs = torch.full((SLOTS, STEPS), 0.9, device=DEVICE)
+    whole._cu_num_logits, whole.query_start_loc = torch.zeros(2, SLOTS + 1, dtype=torch.int32, device=DEVICE)
     whole._max_total_logits, whole._cudagraph_limit = 256, 16
     whole._host_ms = whole._assumed_ms = whole._waited = 0.0
     whole._last = None
@@ -653,10 +685,41 @@ def test_drafts_stay_within_the_largest_graph(verification):
     assert verification.get_num_tokens({"0": 1 + STEPS}, few) == 1 + STEPS
 
 
+def test_a_step_verifies_as_much_as_vllm_would(verification):
+    """With the same forecasts; requests have drafted unevenly, and one prefills."""
+    draw = np.random.default_rng(3)
+    drafts = {"3": [1] * STEPS, "0": [1] * 2, "1": [1] * STEPS}
+    tokens = {"3": 1 + STEPS, "0": 3, "1": 1 + STEPS, "2": 9}
+    verification.req_states.num_computed_tokens_np = np.array([7, 7, -9, 7])
+    verification.set_cost_curves([(1, 0.0)], [(size, 5.0 + size) for size in range(1, 257)])
+    verification._max_total_logits = 256
+    found = set()
+    for _ in range(50):
+        verification._forecasts = draw.random((SLOTS, STEPS), np.float32)
+        verification._stale_idx, verification._stale_confidences = 0, [SimpleNamespace(np=verification._forecasts)]
+        mine = verification.get_num_tokens(tokens, drafts)
+        assert mine == adaptive_verification.AdaptiveVerificationManager.get_num_tokens(verification, tokens, drafts)
+        found.add(mine)
+    assert len(found) > 2
+
+
+def test_what_is_decided_is_what_is_admitted(verification):
+    drafts = {str(slot): [1] * STEPS for slot in range(4)}
+    names = list(drafts)
+    tokens = verification.get_num_tokens(dict.fromkeys(drafts, 1 + STEPS), drafts)
+    scheduled, drafted = np.full(4, 1 + STEPS, np.int32), np.full(4, STEPS, np.int32)
+    spread, _ = verification.compact_batch(drafted, scheduled, np.arange(5, dtype=np.int32) * (1 + STEPS))
+    assert spread.sum() == tokens
+    logits, queries, budget = verification.reallocate_drafts(names, torch.arange(4, device=DEVICE))
+    assert budget == tokens - 4
+    assert logits.tolist() == queries[:5].tolist()
+    assert int(queries[4]) == tokens
+
+
 def test_a_step_that_prefills_says_nothing_of_the_hosts_time(verification, monkeypatch):
     """It is launched kernel by kernel; believed, it would make drafted tokens look free."""
     now = iter(np.arange(0.0, 10.0, 0.05))
-    monkeypatch.setattr(gpu_verification.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(gpu_admission.time, "perf_counter", lambda: next(now))
     for _ in range(50):
         verification._learn_host_time(replayed=False)
     assert verification._host_ms == 0
@@ -837,11 +900,10 @@ class Speculator(gpu_drafting.GroupedSpeculator):
         self.rested += 1
 
 
-def sampled_with(asked, drafted):
+def sampled_with(asked, drafted, structured=False):
     """Which speculator, and how many places, vLLM sees at the end of a step; what it left, and the speculator."""
-    state = SimpleNamespace(
-        num_spec_tokens_to_schedule=asked, input_batch=SimpleNamespace(num_draft_tokens=drafted, req_ids=["a"])
-    )
+    batch = SimpleNamespace(num_draft_tokens=drafted, req_ids=["a"], has_structured_output_reqs=structured)
+    state = SimpleNamespace(num_spec_tokens_to_schedule=asked, input_batch=batch)
     handler = SimpleNamespace(req_ids=["old"], num_draft_tokens=STEPS, draft_tokens_np=1)
     runner = SimpleNamespace(
         execute_model_state=state,
@@ -871,9 +933,17 @@ def test_a_step_without_drafts_ends_as_without_speculation():
 
 @pytest.mark.parametrize(("asked", "drafted"), [(STEPS, 0), (0, STEPS), (STEPS, STEPS)])
 def test_a_step_with_drafts_or_before_one_is_the_speculators(asked, drafted):
+    """Its drafts stay on the GPU, where the next step finds them."""
     seen, handler, speculator = sampled_with(asked, drafted)
+    assert seen == (speculator, 0)
+    assert (handler.req_ids, handler.num_draft_tokens, handler.draft_tokens_np) == (["a"], asked, None)
+    assert speculator.rested == 0
+
+
+def test_drafts_are_gathered_where_a_grammar_has_a_say():
+    seen, handler, speculator = sampled_with(STEPS, STEPS, structured=True)
     assert seen == (speculator, STEPS)
-    assert handler.req_ids == ["old"]
+    assert handler.req_ids == ["old"], "vLLM has done it"
     assert speculator.rested == 0
 
 

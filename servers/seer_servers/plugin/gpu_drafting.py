@@ -20,9 +20,9 @@ from vllm.v1.worker.gpu.async_utils import AsyncOutput
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from seer_servers.plugin import gpu_switch, gpu_verification
+from seer_servers.plugin.gpu_admission import Admission
 from seer_servers.plugin.gpu_kernels import LONGEST_ROW
 from seer_servers.plugin.gpu_speculator import GroupedSpeculator
-from seer_servers.plugin.gpu_verification import GroupedVerification
 from seer_servers.plugin.patching import Function, Patch, UnsupportedVllmError, apply_all
 
 WANTED = "seer_drafts"  # in vLLM's additional_config
@@ -82,7 +82,7 @@ def _around_initialize_kv_cache(initialize: Function) -> Function:
     def initialize_kv_cache(runner: Any, *arguments: Any, **keywords: Any) -> None:
         initialize(runner, *arguments, **keywords)
         if runner.adaptive_verification is not None:
-            runner.adaptive_verification = GroupedVerification(runner.adaptive_verification, runner)
+            runner.adaptive_verification = Admission(runner.adaptive_verification, runner)
 
     return initialize_kv_cache
 
@@ -113,37 +113,41 @@ def _around_remove_request(remove_request: Function) -> Function:
 def _around_sample_tokens(sample_tokens: Function) -> Function:
     def _sample_tokens(runner: Any, grammar_output: Any) -> Any:
         speculator = runner.speculator
-        with _without_speculator(runner) if _rests(runner) else contextlib.nullcontext():
+        if runner.execute_model_state is None or not isinstance(speculator, GroupedSpeculator):
+            return sample_tokens(runner, grammar_output)
+        with _spared(runner, speculator):
             output = sample_tokens(runner, grammar_output)
-        if isinstance(output, AsyncOutput) and isinstance(speculator, GroupedSpeculator):
+        if isinstance(output, AsyncOutput):
             output.seer_parts = speculator, runner.adaptive_verification
         return output
 
     return _sample_tokens
 
 
-def _rests(runner: Any) -> bool:
-    """Whether the step at hand has no drafts and asks for none."""
-    state = runner.execute_model_state
-    if state is None or not isinstance(runner.speculator, GroupedSpeculator):
-        return False
-    return bool(state.num_spec_tokens_to_schedule == 0 and state.input_batch.num_draft_tokens == 0)
-
-
 @contextlib.contextmanager
-def _without_speculator(runner: Any) -> Iterator[None]:
-    """Have a step end as on a runner that does not speculate: scattering no drafts costs time, too."""
-    speculator, steps = runner.speculator, runner.num_speculative_steps
-    drafts, batch = runner.draft_tokens_handler, runner.execute_model_state.input_batch
-    runner.speculator, runner.num_speculative_steps = None, 0
+def _spared(runner: Any, speculator: GroupedSpeculator) -> Iterator[None]:
+    """Spare a step what it does not need of speculation: scattering and gathering drafts takes the host's time.
+
+    A step that neither has drafts nor asks for any ends as on a runner that does not speculate; the drafts of another
+    are gathered for structured outputs alone.
+    """
+    batch, asked = runner.execute_model_state.input_batch, runner.execute_model_state.num_spec_tokens_to_schedule
+    rests = asked == 0 and batch.num_draft_tokens == 0
+    if not rests and batch.has_structured_output_reqs:
+        yield
+        return
+    steps, runner.num_speculative_steps = runner.num_speculative_steps, 0
+    runner.speculator = None if rests else speculator
     try:
         yield
     finally:
         runner.speculator, runner.num_speculative_steps = speculator, steps
-    drafts.req_ids, drafts.num_draft_tokens, drafts.draft_tokens_np = batch.req_ids, 0, None
-    speculator.rest(batch)
-    if isinstance(runner.adaptive_verification, GroupedVerification):
-        runner.adaptive_verification.rest()
+    drafts = runner.draft_tokens_handler
+    drafts.req_ids, drafts.num_draft_tokens, drafts.draft_tokens_np = batch.req_ids, asked, None
+    if rests:
+        speculator.rest(batch)
+        if isinstance(runner.adaptive_verification, Admission):
+            runner.adaptive_verification.rest()
 
 
 def _around_get_output(get_output: Function) -> Function:
@@ -152,7 +156,7 @@ def _around_get_output(get_output: Function) -> Function:
         result = get_output(output)
         speculator, verification = getattr(output, "seer_parts", (None, None))
         if speculator is not None:
-            if isinstance(verification, GroupedVerification):
+            if isinstance(verification, Admission):
                 verification.waited(time.perf_counter() - begin)
             speculator.sampled(result.req_id_to_index, result.sampled_token_ids)
         return result

@@ -28,6 +28,8 @@ NO_MATCH, GONE = -1, tl.constexpr(-2)  # in place of a kind; the second where a 
 LONGEST_MATCH = 31
 LONGEST_ROW = 1 << 26
 BLOCK = 1024
+SCORE_BITS = 20  # of a drafted token's chance to be kept, by which it is admitted to verification
+FEW_REQUESTS = 64
 
 # A found match is its length above its place, so that a maximum finds the longest and among equals the latest.
 _PLACE_BITS = tl.constexpr(26)
@@ -308,6 +310,47 @@ def _compare_kernel(
         tl.atomic_add(seen + 1, tl.sum(accepted.to(tl.int64), axis=0))
 
 
+@triton.jit(do_not_specialize=["requests", "budget"])
+def _admit_kernel(
+    confidences,  # float32 [slots, steps]
+    slots,
+    counts,  # [2, requests]: drafted tokens, others
+    logits,  # [requests + 1]
+    queries,  # [requests + 1]
+    requests,
+    budget,
+    BONUS: tl.constexpr,
+    STEPS: tl.constexpr,
+    STEPS_PO2: tl.constexpr,
+    REQUESTS_PO2: tl.constexpr,
+    HIGHEST_BIT: tl.constexpr,
+):
+    """Find the score that so many drafted tokens reach; of those that just reach it the first are admitted."""
+    request = tl.arange(0, REQUESTS_PO2)
+    here = request < requests
+    slot = tl.load(slots + request, mask=here, other=0)
+    drafted = tl.load(counts + request, mask=here, other=0)
+    others = tl.load(counts + requests + request, mask=here, other=0)
+    step = tl.arange(0, STEPS_PO2)
+    eligible = step[None, :] < drafted[:, None]
+    confidence = tl.load(confidences + slot[:, None] * STEPS + step[None, :], mask=eligible, other=0.0)
+    survival = tl.minimum(tl.cumprod(confidence, axis=1), 1.999)
+    score = tl.where(eligible, 1 + (survival * (1 << HIGHEST_BIT)).to(tl.int32), 0)
+    least = 0
+    for place in range(HIGHEST_BIT + 1):
+        higher = least + (1 << (HIGHEST_BIT - place))
+        reached = tl.sum(tl.sum((score >= higher).to(tl.int32), axis=1), axis=0)
+        least = tl.where(reached >= budget, higher, least)
+    above = tl.sum((score > least).to(tl.int32), axis=1)
+    level = tl.sum((score == least).to(tl.int32), axis=1)
+    left = budget - tl.sum(above, axis=0) - (tl.cumsum(level, axis=0) - level)
+    admitted = above + tl.minimum(level, tl.maximum(left, 0))
+    tl.store(logits, 0)
+    tl.store(queries, 0)
+    tl.store(logits + 1 + request, tl.cumsum(tl.where(here, admitted + BONUS, 0), axis=0), mask=here)
+    tl.store(queries + 1 + request, tl.cumsum(admitted + others, axis=0), mask=here)
+
+
 @triton.jit
 def _follow_kernel(
     drawn,  # int64 [logits]
@@ -455,6 +498,40 @@ def compare(tables: Tables, peeked: Peeked, choice: Choice, tallies: torch.Tenso
         STEPS=steps,
         STEPS_PO2=triton.next_power_of_2(steps),
         num_warps=1,
+    )
+
+
+def admit(
+    confidences: torch.Tensor,
+    slots: torch.Tensor,
+    counts: torch.Tensor,
+    budget: int,
+    *,
+    logits: torch.Tensor,
+    queries: torch.Tensor,
+    bonus: int,
+) -> None:
+    """Admit to verification the `budget` drafted tokens that are most likely to be kept.
+
+    `confidences` float32 [slots, steps], at most 1.999 each; `slots` int64 [requests]; `counts` [2, requests]: how many
+    tokens each has drafted, and what else it computes. Written: where each request's `logits` begin, `bonus` more than
+    its admitted drafts, and where its tokens do in `queries`, both [at least requests + 1].
+    """
+    requests, steps = slots.shape[0], confidences.shape[1]
+    _admit_kernel[(1,)](
+        confidences,
+        slots,
+        counts,
+        logits,
+        queries,
+        requests,
+        budget,
+        BONUS=bonus,
+        STEPS=steps,
+        STEPS_PO2=triton.next_power_of_2(steps),
+        REQUESTS_PO2=max(16, triton.next_power_of_2(requests)),
+        HIGHEST_BIT=SCORE_BITS,
+        num_warps=4 if requests <= FEW_REQUESTS else 8,
     )
 
 

@@ -67,13 +67,9 @@ class Siblings:
         self._tokens, self._lengths = table(references, self._longest), table(references)
         self._starts, self._of_slot = table(slots + references), table(slots)
         self._members, self._counts = table(slots + references, MEMBERS), table(slots + references)
-
-    @property
-    def tables(self) -> Tables:
-        """What the kernels read."""
-        running = self._states.all_token_ids.gpu, self._states.total_len.gpu
+        running = request_states.all_token_ids.gpu, request_states.total_len.gpu
         mine = (self._tokens, self._lengths, self._starts, self._of_slot, self._members, self._counts)
-        return Tables(*running, *(table.gpu for table in mine))
+        self.tables = Tables(*running, *(each.gpu for each in mine))  # what the kernels read
 
     def groups(self, most: int) -> dict[str, int]:
         """The numbers of the latest `most` groups, the latest last."""

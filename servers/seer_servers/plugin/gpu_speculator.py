@@ -2,8 +2,8 @@
 
 After each step a request's last tokens are looked up in all sequences of its group (`gpu_siblings`), the longest match
 makes the draft, and the share of drafts of its kind that were accepted makes its confidence. Both are counted and
-computed on the GPU; the host learns what it needs two steps later. `gpu_verification` and `gpu_switch` keep drafts from
-costing more than they bring.
+computed on the GPU, which writes what the host needs into the host's memory. `gpu_admission` and `gpu_switch` keep
+drafts from costing more than they bring.
 
 Invariants: nothing here waits for the GPU or for anything outside the process; a confidence depends on what was sampled
 before, never on the draw that it is about.
@@ -12,8 +12,10 @@ before, never on the draw that it is about.
 import time
 from typing import Any
 
+import numpy as np
 import torch
-from vllm.utils.torch_utils import async_tensor_h2d
+from numpy.typing import NDArray
+from vllm.utils.torch_utils import async_tensor_h2d, get_accelerator_view_from_cpu_tensor
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 from seer_servers.drafting.client import drafter_client
@@ -76,11 +78,12 @@ class GroupedSpeculator(BaseSpeculator):  # type: ignore[misc]  # vLLM has no ty
         def zeros(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.zeros(size, dtype=dtype, device=device)
 
+        forecasts, self.forecasts = _shared(slots, steps, device)
         self.choice = Choice(
             drafts=zeros(slots, steps, dtype=torch.int64),
             confidences=zeros(slots, steps),
             averages=zeros(slots, steps),
-            forecasts=zeros(slots, steps),
+            forecasts=forecasts,
             kinds=zeros(slots, dtype=torch.int32) - 1,
             offered=zeros(slots, dtype=torch.int32),
         )
@@ -91,6 +94,7 @@ class GroupedSpeculator(BaseSpeculator):  # type: ignore[misc]  # vLLM has no ty
             zeros(2, steps, dtype=torch.int64), zeros(self.siblings.most_groups, 3, dtype=torch.int64)
         )
         self._weights = zeros(slots) + 1
+        self._mean_weight = 1.0  # of the requests that run
         self.outlook = Outlook(device)
         self._peeked: Peeked | None = None
         self._ones = zeros(slots, dtype=torch.int32) + 1
@@ -206,8 +210,7 @@ class GroupedSpeculator(BaseSpeculator):  # type: ignore[misc]  # vLLM has no ty
         found = self._found[: size[0] * size[1] * size[2]].view(size)
         tables = self.siblings.tables
         scan(tables, batch, found, **self._match)
-        running = self.running.values()
-        weights = Weights(self._weights, sum(each.weight for each in running) / len(running) if running else 1.0)
+        weights = Weights(self._weights, self._mean_weight)
         choose(tables, batch, found, rates=self._rates, weights=weights, choice=self.choice, recent=RECENT)
 
     def _fold(self) -> None:
@@ -230,6 +233,7 @@ class GroupedSpeculator(BaseSpeculator):  # type: ignore[misc]  # vLLM has no ty
         self.siblings.add(slot, running.name, prompt)
         self.newcomers[slot] = weight
         self.running[request_id] = running
+        self._weigh()
         if self.client:
             self.client.register_group(group, DEFAULT_TTL_S)
             running.kept += response
@@ -237,9 +241,15 @@ class GroupedSpeculator(BaseSpeculator):  # type: ignore[misc]  # vLLM has no ty
     def left(self, request_id: str, slot: int) -> None:
         """A request gives up its slot."""
         running = self.running.pop(request_id, None)
-        if running and self.client:
-            self._hand_on(running)
+        if running:
+            self._weigh()
+            if self.client:
+                self._hand_on(running)
         self.siblings.retire(slot)
+
+    def _weigh(self) -> None:
+        running = self.running.values()
+        self._mean_weight = sum(each.weight for each in running) / len(running) if running else 1.0
 
     def sampled(self, places: dict[str, int], tokens: list[list[int]]) -> None:
         """Let the other engines know what a step has sampled, once the host knows it: each request's place in `tokens`.
@@ -309,6 +319,12 @@ class Page:
             "accepted": accepted,
             "by_group": {name: by_group[at].tolist() for name, at in self._groups.items() if by_group[at, 0]},
         }
+
+
+def _shared(slots: int, steps: int, device: torch.device) -> tuple[torch.Tensor, NDArray[np.float32]]:
+    """Zeros [slots, steps] in the host's memory, as the GPU sees them and as the host does."""
+    host = torch.zeros(slots, steps, pin_memory=device.type == "cuda")
+    return get_accelerator_view_from_cpu_tensor(host) if host.is_pinned() else host, host.numpy()
 
 
 def _prior(steps: int) -> torch.Tensor:
