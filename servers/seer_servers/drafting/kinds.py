@@ -15,7 +15,7 @@ _CONFIGS: dict[str, dict[str, Any] | None] = {
     GROUPED: {"method": "custom_class", "model": "seer_servers.plugin.drafter.GroupedDrafter"},
     # vLLM's own, to compare with: a suffix tree of each server (it needs arctic-inference), and a request's own past.
     SUFFIX: {"method": "suffix"},
-    "ngram": {"method": "ngram", "prompt_lookup_min": 2, "prompt_lookup_max": 5},
+    "ngram": {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 5},
 }
 KINDS = tuple(_CONFIGS)
 
@@ -23,7 +23,7 @@ KINDS = tuple(_CONFIGS)
 # On a GPU drafts from siblings are found on it, by a drafter that takes this one's place (plugin/gpu_drafting.py).
 _ON_GPU: dict[str, Any] = {
     "method": "ngram_gpu",
-    "prompt_lookup_min": 2,
+    "prompt_lookup_min": 1,
     "prompt_lookup_max": 16,
     "enable_adaptive_verification": True,
 }

@@ -2,7 +2,7 @@
 
 It takes the place of vLLM's GPU n-gram drafter when the engine is started with
 
-    --speculative-config '{"method": "ngram_gpu", "num_speculative_tokens": 8, "prompt_lookup_min": 2,
+    --speculative-config '{"method": "ngram_gpu", "num_speculative_tokens": 8, "prompt_lookup_min": 1,
                            "prompt_lookup_max": 16, "enable_adaptive_verification": true}'
     --additional-config '{"seer_drafts": true}'
 
