@@ -11,7 +11,8 @@ spent where a loss is large.
 
 Between trials the tokens that drafting brings are watched: where they fall to what would no longer pay, the next trial
 begins at once, and where that is beyond doubt drafting ends without one; where they bring far less than in their trial,
-they are tried anew. While there is no drafting, a guess of what it would bring says whether to try.
+they are tried anew. While there is no drafting, a guess of what it would bring says whether to try, and so does a win
+at the next larger batch size.
 
 Invariants: drafting goes on only where a trial was won, at this batch size or lately at the next larger one (or, with a
 `trusting` start, not yet made); trials cost at most `COST` of the time, beyond the first and as far as a trial's price
@@ -20,6 +21,7 @@ is capped (at what `LONGEST` steps earn).
 
 from __future__ import annotations
 
+import functools
 from math import hypot, inf, sqrt
 from statistics import median
 from typing import TYPE_CHECKING
@@ -51,6 +53,7 @@ class Purse:
     """What trials may cost, in steps of any batch size; the first `cold` steps with drafts say nothing."""
 
     def __init__(self, *, cold: int = 0) -> None:
+        self.steps = 0  # that were counted
         self._balance = 0.0
         self._cold = cold
 
@@ -66,6 +69,7 @@ class Purse:
 
     def earn(self) -> None:
         """Count a step."""
+        self.steps += 1
         self._balance = min(self._balance + COST, COST * SHORTEST)
 
     def pay(self, steps: float) -> None:
@@ -109,9 +113,10 @@ class _Block:
 class Duel:
     """Drafting against not drafting, at a batch size of about `requests`.
 
-    Until its first trial it drafts if `trusting` says so, or as `like` does, the duel at the next larger batch size:
-    where drafting pays, it pays in a smaller batch too. `guess` says how many tokens of a request and step drafting
-    would bring, or None.
+    `larger` is the duel at the next larger batch size, if there is one: where drafting pays, it pays in a smaller batch
+    too. Until its first trial a duel drafts if `trusting` says so or that one does, and one without drafts is tried
+    when that one has won since, even on credit. `guess` says how many tokens of a request and step drafting would
+    bring, or None.
     """
 
     _resting: bool
@@ -123,12 +128,14 @@ class Duel:
         purse: Purse | None = None,
         *,
         trusting: bool = False,
-        like: Duel | None = None,
+        larger: Callable[[], Duel | None] = lambda: None,
         guess: Callable[[], float | None] = lambda: None,
     ) -> None:
-        like = like if like and like.drafting and like._resting else None  # noqa: SLF001 - of this class
+        self._larger = larger
+        like = self._winner
         self.drafting: bool = trusting or like is not None
         self._purse = purse or Purse()
+        self._decided = 0  # when it was last found out what pays, by the purse's count of steps
         self._guess = guess
         self._drafts_counted = max(COUNTED, COUNTED_TOKENS // requests)
         self._luck = LUCK / requests
@@ -137,10 +144,16 @@ class Duel:
         self._off: _Block | None = None  # the trial's last block without drafts
         self._tried = {False: 0, True: 0}  # steps of this trial by side
         self._brought = self._recent = 1.0  # tokens of a request and step with drafting: in the trial, lately
-        self._needed = like._needed if like else 0.0  # noqa: SLF001 - as above
+        self._needed = like._needed if like else 0.0  # noqa: SLF001 - of this class
         self._resting, self._rest, self._untried = True, FIRST, True
         self._usual: float | None = None  # seconds of a step, drafting or not
         self._begin()
+
+    @property
+    def _winner(self) -> Duel | None:
+        """The duel at the next larger batch size, while drafting goes on there."""
+        larger = self._larger()
+        return larger if larger and larger.drafting and larger._resting else None  # noqa: SLF001 - of this class
 
     def step(self, *, drafted: bool, wait: float, tokens: float) -> None:
         """Count a step: `wait` seconds, `tokens` for each request."""
@@ -170,6 +183,8 @@ class Duel:
             return False
         if self.drafting:
             return self._purse.open or self._untried
+        if (winner := self._winner) and winner._decided > self._decided:  # noqa: SLF001 - of this class
+            return True
         brings = self._guess()
         if brings is None:
             return self._purse.open
@@ -254,6 +269,7 @@ class Duel:
         gain = median(self._gains)
         self._purse.pay(self._tried[not drafting] * (max(gain, 1 / gain) - 1))
         self.drafting = drafting
+        self._decided = self._purse.steps
         self._resting, self._rest = True, SHORTEST
         self._recent, self._needed = self._brought, self._brought / gain
         self._begin()
@@ -261,6 +277,7 @@ class Duel:
     def _rest_without(self) -> None:
         """Drafting has lost, without a trial."""
         self.drafting, self._untried, self._rest = False, False, SHORTEST
+        self._decided = self._purse.steps
         self._begin()
 
     def _begin(self) -> None:
@@ -288,7 +305,7 @@ class Duels:
                 requests,
                 self._purse,
                 trusting=self._trusting,
-                like=self._by_size.get(size + 1),
+                larger=functools.partial(self._by_size.get, size + 1),
                 guess=self._guess,
             )
         return self._by_size[size]

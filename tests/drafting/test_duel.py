@@ -232,3 +232,24 @@ class TestBatchSizes:
         assert duels.at(32).drafting
         assert not duels.at(8).drafting, "nothing is known of its neighbour"
         assert play(duels.at(32), 3_000, on=1.3, off=1.0) * 3_000 < FIRST + 3 * (SETTLE + COUNTED)
+
+    def test_where_a_larger_batch_has_won_since_a_smaller_one_is_tried_again(self) -> None:
+        """Even on credit: texts have changed. Without a win it waits for the purse, or for a guess."""
+
+        def drafted(larger: float) -> float:
+            duels = Duels(guess=lambda: 1.0)
+            play(duels.at(64), 1_000, on=2.0, off=1.0)
+            play(duels.at(32), 1_000, on=2.0, off=1.0)
+            assert not duels.at(64).drafting
+            play(duels.at(64), 6_000, on=larger, off=1.0)
+            return play(duels.at(32), 500, on=0.7, off=1.0)
+
+        assert drafted(0.7) > 0.8
+        assert drafted(1.3) < 0.1
+
+    def test_a_win_is_followed_once(self) -> None:
+        duels = Duels(guess=lambda: 1.0)
+        play(duels.at(32), 1_000, on=1.5, off=1.0)
+        play(duels.at(64), 6_000, on=0.7, off=1.0)
+        assert duels.at(64).drafting
+        assert 0 < play(duels.at(32), 3_000, on=1.5, off=1.0) * 3_000 < SETTLE + COUNTED

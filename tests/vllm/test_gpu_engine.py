@@ -83,16 +83,15 @@ async def test_a_reference_from_outside_is_a_sibling(gpu_fleet: LocalFleet) -> N
         truth = await engine.respond(prompt, 1, {"seer_group": "elsewhere", "seer_request": "x"}, temperature=0.0)
         body = {"group": "with reference", "request": "solution", "token_ids": truth.token_ids}
         assert await engine.post("update", body) == (200, {"tokens": len(truth.token_ids)})
+        # A group's tokens are fetched once one of its requests has been here: one that says something else.
+        other = await engine.prompt(5)
+        for name in ("first", "second"):
+            await engine.respond(other, 3, {"seer_group": "with reference", "seer_request": name}, temperature=0.0)
         before = await engine.accepted()
-        # On a GPU a group's tokens are fetched once one of its requests is here, which a short one may not outlast.
-        replies = [
-            await engine.respond(
-                prompt, 2, {"seer_group": "with reference", "seer_request": str(again)}, temperature=0.0
-            )
-            for again in range(4)
-        ]
-        assert [reply.token_ids for reply in replies].count(truth.token_ids) >= 3
-        assert await engine.accepted() - before > len(truth.token_ids)
+        kin = {"seer_group": "with reference", "seer_request": "0"}
+        again = await engine.respond(prompt, 2, kin, temperature=0.0)
+        assert again.token_ids == truth.token_ids
+        assert await engine.accepted() - before > len(truth.token_ids) // 3
 
 
 async def test_settings_and_counts(gpu_fleet: LocalFleet) -> None:
@@ -101,9 +100,10 @@ async def test_settings_and_counts(gpu_fleet: LocalFleet) -> None:
         assert (await engine.post("config", {"max_spec_tokens": 4}))[0] == 400
         before = await engine.get("stats")
         prompt = await engine.prompt(4)
+        accepted = await engine.accepted()
         for _ in range(3):  # a page is written while the engine works, with what the GPU had counted one page before
             await engine.siblings(prompt, "counted")
-            assert await engine.accepted() > 0
+        assert await engine.accepted() > accepted
         after = await engine.get("stats")
         assert after["verified"] > before["verified"]
         assert all(right <= made for right, made in zip(after["accepted"], after["drafted"], strict=True))

@@ -506,8 +506,22 @@ def test_old_drafts_are_forgotten():
         outlook.seen += torch.tensor([drafts, right], device=DEVICE)
         outlook.read()
     assert outlook.brings == pytest.approx(3.0, abs=0.02), "what was counted is read at the next look"
-    outlook.read()
+    for _ in range(3):
+        outlook.seen += torch.tensor([500, 0], device=DEVICE)
+        outlook.read()
     assert outlook.brings == pytest.approx(1.0, abs=0.02)
+
+
+def test_a_lone_request_is_not_judged_by_those_before_it():
+    outlook = Outlook(DEVICE)
+    for drafts, right in ((500, 0), *[(1, 3)] * 40):
+        outlook.seen += torch.tensor([drafts, right], device=DEVICE)
+        outlook.read()
+    assert outlook.brings > 3.0
+    before = outlook.brings
+    for _ in range(100):
+        outlook.read()
+    assert outlook.brings == pytest.approx(before, abs=0.3), "where nothing can be compared nothing is forgotten"
 
 
 # Verification
@@ -611,8 +625,10 @@ def admitted(confidence, drafted, others, budget):
     requests = len(drafted)
     logits, queries = (torch.full((requests + 3,), -9, dtype=torch.int32, device=DEVICE) for _ in range(2))
     counts = torch.tensor([drafted, others], dtype=torch.int32, device=DEVICE)
-    slots = torch.arange(requests, device=DEVICE)
-    kernels.admit(confidence.to(DEVICE), slots, counts, budget, logits=logits, queries=queries, bonus=1)
+    slots = torch.randperm(2 * requests)[:requests]
+    by_slot = torch.full((2 * requests, confidence.shape[1]), 1.5)
+    by_slot[slots] = confidence
+    kernels.admit(by_slot.to(DEVICE), slots.to(DEVICE), counts, budget, logits=logits, queries=queries, bonus=1)
     assert logits[requests + 1 :].tolist() == queries[requests + 1 :].tolist() == [-9, -9]
     assert logits[0] == queries[0] == 0
     found = (logits[: requests + 1].diff() - 1).tolist()
@@ -620,18 +636,20 @@ def admitted(confidence, drafted, others, budget):
     return found
 
 
-@pytest.mark.parametrize("drafted", [[STEPS], [STEPS, STEPS, STEPS], [2, 0, STEPS, 1], [1] * 20])
-def test_the_likeliest_drafts_are_admitted(drafted):
+@pytest.mark.parametrize("steps", [STEPS, 5])
+@pytest.mark.parametrize("requests", [1, 3, 20, 100])
+def test_the_likeliest_drafts_are_admitted(requests, steps):
     """As by vLLM, whose own way takes a dozen kernels."""
-    torch.manual_seed(len(drafted))
-    confidence = torch.rand(len(drafted), STEPS)
+    torch.manual_seed(requests)
+    confidence = torch.rand(requests, steps)
     confidence[0, 0] *= 1.9  # a weight
-    others = [1 + number % 3 for number in range(len(drafted))]
-    for budget in range(sum(drafted) + 1):
+    drafted = torch.randint(0, steps + 1, (requests,)).tolist() if requests > 1 else [steps]
+    others = [1 + number % 3 for number in range(requests)]
+    for budget in {*range(min(8, sum(drafted))), sum(drafted) // 2, sum(drafted) - 1, sum(drafted)}:
         expected = torch.tensor(drafted, dtype=torch.int32)
         if 0 < budget < sum(drafted):
             adaptive_verification._assign_draft_token_budget(
-                confidence, torch.arange(len(drafted)), expected, budget, STEPS
+                confidence, torch.arange(requests), expected, budget, steps
             )
         elif budget == 0:
             expected.zero_()
@@ -692,7 +710,7 @@ def test_a_step_verifies_as_much_as_vllm_would(verification):
     tokens = {"3": 1 + STEPS, "0": 3, "1": 1 + STEPS, "2": 9}
     verification.req_states.num_computed_tokens_np = np.array([7, 7, -9, 7])
     verification.set_cost_curves([(1, 0.0)], [(size, 5.0 + size) for size in range(1, 257)])
-    verification._max_total_logits = 256
+    verification._max_total_logits, verification._cudagraph_limit = 256, 0
     found = set()
     for _ in range(50):
         verification._forecasts = draw.random((SLOTS, STEPS), np.float32)
@@ -706,6 +724,7 @@ def test_a_step_verifies_as_much_as_vllm_would(verification):
 def test_what_is_decided_is_what_is_admitted(verification):
     drafts = {str(slot): [1] * STEPS for slot in range(4)}
     names = list(drafts)
+    verification._confidence_probs = torch.rand(SLOTS, STEPS, device=DEVICE)
     tokens = verification.get_num_tokens(dict.fromkeys(drafts, 1 + STEPS), drafts)
     scheduled, drafted = np.full(4, 1 + STEPS, np.int32), np.full(4, STEPS, np.int32)
     spread, _ = verification.compact_batch(drafted, scheduled, np.arange(5, dtype=np.int32) * (1 + STEPS))
@@ -714,6 +733,13 @@ def test_what_is_decided_is_what_is_admitted(verification):
     assert budget == tokens - 4
     assert logits.tolist() == queries[:5].tolist()
     assert int(queries[4]) == tokens
+
+
+def test_drafts_take_no_step_beyond_the_largest_graph(verification):
+    """Not one that prefills, either; where the prompt alone is beyond it, cost decides."""
+    drafts = {"0": [1] * STEPS}
+    for prompt, most in ((12, 16), (13, 16), (15, 16), (16, 17 + STEPS)):
+        assert verification.get_num_tokens({"0": 1 + STEPS, "1": prompt}, drafts) == most
 
 
 def test_a_step_that_prefills_says_nothing_of_the_hosts_time(verification, monkeypatch):

@@ -47,7 +47,7 @@ class UpdateBody(BaseModel):
 class ConfigBody(BaseModel):
     """Settings to change; what is left out stays. Without `adaptive`, drafts are verified whether they gain or not.
 
-    On a GPU there are `enabled` and `adaptive` alone.
+    On a GPU there are `enabled` and `adaptive` alone; without the latter a step still verifies no more than pays.
     """
 
     model_config = ConfigDict(extra="forbid")

@@ -44,12 +44,7 @@ class Admission(AdaptiveVerificationManager):  # type: ignore[misc]  # vLLM has 
     _cu_num_logits: torch.Tensor  # and, on the GPU, where each request's logits begin
 
     def __init__(self, plain: AdaptiveVerificationManager, runner: Any) -> None:
-        super().__init__(
-            plain.req_states,
-            plain.query_start_loc,
-            plain.num_bonus_tokens,
-            plain._max_total_logits,  # noqa: SLF001 - the manager that this one replaces
-        )
+        self.__dict__.update(vars(plain))  # it takes the place of that one, and its buffers
         self._runner = runner
         self._confidence_probs: torch.Tensor = runner.speculator.choice.confidences
         self._forecasts: NDArray[np.float32] = runner.speculator.forecasts
@@ -86,6 +81,8 @@ class Admission(AdaptiveVerificationManager):  # type: ignore[misc]  # vLLM has 
         sampling = np.count_nonzero(states.num_computed_tokens_np[slots] + others >= states.prefill_len.np[slots])
         first = int(others.sum())
         most = min(int(drafted.sum()), max(0, self._max_total_logits - requests * self.num_bonus_tokens))
+        if first <= self._cudagraph_limit:
+            most = min(most, self._cudagraph_limit - first)
         expected = np.full(most + 1, float(sampling))
         expected[1:] += np.cumsum(self._scores(slots, drafted)[:most])
         draft_ms, verify_ms = self.cost_tables

@@ -128,8 +128,9 @@ def _around_sample_tokens(sample_tokens: Function) -> Function:
 def _spared(runner: Any, speculator: GroupedSpeculator) -> Iterator[None]:
     """Spare a step what it does not need of speculation: scattering and gathering drafts takes the host's time.
 
-    A step that neither has drafts nor asks for any ends as on a runner that does not speculate; the drafts of another
-    are gathered for structured outputs alone.
+    A step that neither has drafts nor asks for any ends as on a runner that does not speculate. The drafts of another
+    are gathered for structured outputs alone, and those beyond what was asked for are not struck out: the scheduler
+    has no places for them.
     """
     batch, asked = runner.execute_model_state.input_batch, runner.execute_model_state.num_spec_tokens_to_schedule
     rests = asked == 0 and batch.num_draft_tokens == 0

@@ -10,7 +10,8 @@ from math import exp
 import torch
 
 ENOUGH = 8  # drafts
-REMEMBERED = 64  # drafts: those before weigh less and less
+REMEMBERED = 64  # drafts of earlier looks, at most,
+LOOKS = 16  # and of so many looks: a lone request is not judged for long by the many that were here before
 
 
 class Outlook:
@@ -31,7 +32,7 @@ class Outlook:
         """Take in what was on its way since the last call, and send for what is counted now."""
         drafts, right = self._copy.tolist()
         new = drafts - self._before[0]
-        kept = exp(-new / REMEMBERED)
+        kept = exp(-1 / LOOKS) * min(1.0, REMEMBERED / max(self._drafts, 1.0)) if new else 1.0
         self._drafts = self._drafts * kept + new
         self._right = self._right * kept + right - self._before[1]
         self._before = drafts, right
