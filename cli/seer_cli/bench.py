@@ -88,8 +88,8 @@ def drafts(
     contender: Annotated[
         list[str] | None,
         typer.Option(
-            help="Ways to draft; repeatable: none, grouped, suffix (needs arctic-inference), ngram. [default: none, "
-            "grouped, ngram]",
+            help="Ways to draft; repeatable: none, grouped, suffix (needs arctic-inference), ngram; or again: one more "
+            "engine without drafts, to see how far engines that are the same differ. [default: none, grouped, ngram]",
             show_default=False,
         ),
     ] = None,
@@ -128,11 +128,12 @@ def drafts(
     json: Annotated[bool, typer.Option("--json", help="Print every turn and score as JSON on stdout.")] = False,
 ) -> None:
     """Measure drafting: engines that draft in different ways, at the same requests, against one that does not."""
-    from seer_cli.specbench import BASELINE, Point, measure_drafts, score_table, scores  # noqa: PLC0415 - heavy
+    from seer_cli.specbench import AGAIN, BASELINE, Point, measure_drafts, score_table, scores  # noqa: PLC0415 - heavy
 
     contenders = list(dict.fromkeys([BASELINE, *(contender or ["grouped", "ngram"])]))
-    if unknown := next((name for name in contenders if name not in KINDS), None):
-        raise UsageError(f"--contender {unknown}: give one of {', '.join(KINDS)}")
+    known = *KINDS, AGAIN
+    if unknown := next((name for name in contenders if name not in known), None):
+        raise UsageError(f"--contender {unknown}: give one of {', '.join(known)}")
     fleet = {"draft_tokens": draft_tokens, "kv_cache_gib": kv_cache_gib, "model": model, "max_model_len": max_model_len}
     config = resolve({"fleet": fleet | {"vllm_args": vllm_arg or []}})
     points: list[Point] = []

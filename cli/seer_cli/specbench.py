@@ -4,6 +4,9 @@ Each contender has an engine, or two. At every point (batch size, temperature) t
 same groups, prompts and seeds, and only one engine works at a time. Time is the client's; CPU seconds are those of the
 engine's processes, which a busy machine disturbs less.
 
+`again` is one more engine that does not draft: how far its ratio is from one is how far engines that are the same
+differ, and what a turn of another contender may differ without saying anything.
+
 The last point asks what only a draft server can give: half of each group's responses have been generated on one engine,
 and the other half runs on the other.
 """
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
     from seer_servers.fleet import LocalEngine
 
 BASELINE = "none"
+AGAIN = "again"  # a second engine without drafts
 ELSEWHERE = "elsewhere"  # the point whose siblings live on the other engine
 _ONE_CORE = {"OMP_NUM_THREADS": "1", "OMP_PROC_BIND": "false"}  # as in a fleet of as many engines as cores
 _TIMEOUT_S = 900.0
@@ -85,6 +89,7 @@ class Score(msgspec.Struct, frozen=True, kw_only=True):
     tokens_per_s: float
     tokens_per_cpu_s: float
     speedup: float
+    speedups: tuple[float, float]  # the lowest and the highest of a repeat
     cpu_speedup: float
     tokens_per_draft: float  # mean acceptance length of the drafted steps, bonus token included
     drafted_share: float  # of the tokens that were generated, those that a draft had right
@@ -242,7 +247,9 @@ async def measure_drafts(
         session = await stack.enter_async_context(engine_session())
         each = 1 + any(point.elsewhere for point in points)  # engines of a contender
         specs = [
-            msgspec.structs.replace(spec, draft=name, extra_env=_ONE_CORE) for name in contenders for _ in range(each)
+            msgspec.structs.replace(spec, draft=BASELINE if name == AGAIN else name, extra_env=_ONE_CORE)
+            for name in contenders
+            for _ in range(each)
         ]
         fleet = await stack.enter_async_context(LocalFleet(specs, len(specs), folder, say=say))
         engines = [await _engine(local, session) for local in fleet.engines]
@@ -314,12 +321,14 @@ def _score(mine: Sequence[Turn], base: dict[int, Turn]) -> Score:
     drafts = sum(turn.drafts for turn in mine)
     accepted = sum(turn.accepted for turn in mine)
     ratios = [(turn, base[turn.repeat]) for turn in mine if turn.repeat in base]
+    speedups = [t.tokens / t.seconds * b.seconds / b.tokens for t, b in ratios]
     return Score(
         contender=mine[0].contender,
         point=mine[0].point,
         tokens_per_s=statistics.median(turn.tokens / turn.seconds for turn in mine),
         tokens_per_cpu_s=statistics.median(turn.tokens / turn.cpu_s for turn in mine),
-        speedup=_median([t.tokens / t.seconds * b.seconds / b.tokens for t, b in ratios]),
+        speedup=_median(speedups),
+        speedups=(min(speedups, default=math.nan), max(speedups, default=math.nan)),
         cpu_speedup=_median([t.tokens / t.cpu_s * b.cpu_s / b.tokens for t, b in ratios]),
         tokens_per_draft=1 + accepted / drafts if drafts else 1.0,
         drafted_share=accepted / max(1, sum(turn.tokens for turn in mine)),
@@ -336,6 +345,7 @@ def score_table(turns: Sequence[Turn]) -> Table:
         "drafts",
         "tok/s",
         "ratio",
+        "of turns",
         "tok/CPU s",
         "ratio",
         "tokens/draft",
@@ -351,6 +361,7 @@ def score_table(turns: Sequence[Turn]) -> Table:
             score.contender,
             f"{score.tokens_per_s:.1f}",
             f"{score.speedup:.2f}",
+            "{:.2f}-{:.2f}".format(*score.speedups),
             f"{score.tokens_per_cpu_s:.1f}",
             f"{score.cpu_speedup:.2f}",
             f"{score.tokens_per_draft:.2f}",
@@ -361,4 +372,4 @@ def score_table(turns: Sequence[Turn]) -> Table:
 
 
 def _median(values: list[float]) -> float:
-    return statistics.median(values) if values else float("nan")
+    return statistics.median(values) if values else math.nan

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import pytest
 from typer.testing import CliRunner
 
-from seer_async.errors import UsageError
+from seer_async.errors import FleetError, UsageError
 from seer_async.types import Prompt
-from seer_cli import bench
+from seer_cli import bench, specbench
 from seer_cli.main import app
 from seer_cli.specbench import Point, Turn, measure_drafts, score_table, scores, spread
 from seer_servers.fleet import EngineSpec
@@ -35,6 +35,7 @@ def test_ratios_are_of_one_repeat_and_steps_off_of_all() -> None:
     none, grouped = scores(turns)
     assert none.speedup == 1.0
     assert grouped.speedup == pytest.approx((1.25 + 1.1) / 2)
+    assert grouped.speedups == pytest.approx((1.1, 1.25))
     assert grouped.tokens_per_draft == 2.0
     assert grouped.off_share == 0.75
     assert none.off_share == 0
@@ -43,7 +44,7 @@ def test_ratios_are_of_one_repeat_and_steps_off_of_all() -> None:
 
 def test_names_are_checked_before_anything_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "local_spec", lambda _: pytest.fail("something was started"))
-    with pytest.raises(UsageError, match="--contender bogus: give one of none, grouped, suffix, ngram"):
+    with pytest.raises(UsageError, match="--contender bogus: give one of none, grouped, suffix, ngram, again"):
         CliRunner().invoke(
             app, ["bench", "drafts", "--contender", "grouped", "--contender", "bogus"], catch_exceptions=False
         )
@@ -78,3 +79,29 @@ def test_every_turn_has_prompts_from_all_over_the_dataset(count: int) -> None:
             places = sorted(order[start : start + 4])
             gaps = [b - a for a, b in zip(places, [*places[1:], places[0] + count], strict=True)]
             assert max(gaps) < count / 2
+
+
+async def test_again_is_one_more_engine_without_drafts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    started: list[str] = []
+
+    def fleet(specs: list[EngineSpec], *_: object, **__: object) -> None:
+        started.extend(spec.draft for spec in specs)
+        raise FleetError("no engine is started in this test")
+
+    monkeypatch.setattr(specbench, "LocalFleet", fleet)
+    with pytest.raises(FleetError):
+        await measure_drafts(
+            EngineSpec(model="m"),
+            tmp_path,
+            [Prompt(id="0", text="?")],
+            contenders=["none", "grouped", "again"],
+            points=[Point(1, 0.6)],
+            siblings=2,
+            max_tokens=8,
+            repeats=1,
+            waves=1,
+            groups=1,
+            say=print,
+            keep=print,
+        )
+    assert started == ["none", "grouped", "none"]
