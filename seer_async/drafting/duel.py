@@ -169,7 +169,7 @@ class Duel:
         self._recent += (tokens - self._recent) / self._drafts_counted
         if self._resting:
             if self._brings_at_most < self._needed / MARGIN:
-                self._rest_without()
+                self._decide(drafting=False)  # it has lost, without a trial
             elif self._is_due or self._brings_now < self._needed or self._has_changed:
                 self._try()
         elif self._block.steps >= (self._drafts_counted if self.drafting else COUNTED):
@@ -268,16 +268,14 @@ class Duel:
         """The trial is over."""
         gain = median(self._gains)
         self._purse.pay(self._tried[not drafting] * (max(gain, 1 / gain) - 1))
-        self.drafting = drafting
+        self._recent, self._needed = self._brought, self._brought / gain
+        self._decide(drafting=drafting)
+
+    def _decide(self, *, drafting: bool) -> None:
+        """Go on so until the next trial."""
+        self.drafting, self._untried = drafting, False
         self._decided = self._purse.steps
         self._resting, self._rest = True, SHORTEST
-        self._recent, self._needed = self._brought, self._brought / gain
-        self._begin()
-
-    def _rest_without(self) -> None:
-        """Drafting has lost, without a trial."""
-        self.drafting, self._untried, self._rest = False, False, SHORTEST
-        self._decided = self._purse.steps
         self._begin()
 
     def _begin(self) -> None:

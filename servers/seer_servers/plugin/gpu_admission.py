@@ -66,7 +66,7 @@ class Admission(AdaptiveVerificationManager):  # type: ignore[misc]  # vLLM has 
         """Note that a step with drafts was launched; its confidences and forecasts are where they belong."""
         del confidence_probs
         if self._runner.speculator.idle:
-            self._last = None
+            self.rest()
         else:
             self._learn_host_time(replayed=input_batch.decode_graph_eligible)
 
