@@ -685,13 +685,20 @@ def test_hostile_peers_do_not_disturb_others(address):
         assert ask_stats(address).boot == stats.boot
 
 
+@contextmanager
+def impostor(address):
+    """A socket in the server's place."""
+    socket_path(address).parent.mkdir(mode=0o700)
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.bind(address)
+        yield socket
+
+
 def test_a_hostile_server_does_not_disturb_a_client(address):
     """One that answers nonsense, and then the real one."""
-    socket_path(address).parent.mkdir(mode=0o700)
     with client(address) as one:
-        with zmq.Context() as context, context.socket(zmq.ROUTER) as liar:
-            liar.setsockopt(zmq.LINGER, 0)
-            liar.bind(address)
+        with impostor(address) as liar:
             one.update("g", "a", 0, [1])
             assert liar.poll(TIMEOUT_S * 1000)
             peer, _ = liar.recv_multipart()
@@ -704,11 +711,8 @@ def test_a_hostile_server_does_not_disturb_a_client(address):
 
 def test_what_a_server_sends_as_tokens_and_is_none_is_counted(address):
     """Its replies are in order but for that; the real server, which comes later, finds a client that works."""
-    socket_path(address).parent.mkdir(mode=0o700)
     with client(address) as one:
-        with zmq.Context() as context, context.socket(zmq.ROUTER) as liar:
-            liar.setsockopt(zmq.LINGER, 0)
-            liar.bind(address)
+        with impostor(address) as liar:
             one.register_group("g", 60)
             assert one.fetched() == []
             wait_until(lambda: lied(liar) and one.stats()["sync_malformed"])

@@ -50,23 +50,28 @@ def test_names_are_checked_before_anything_is_started(monkeypatch: pytest.Monkey
         )
 
 
+async def measure(folder: Path, prompts: int, contenders: list[str], batches: tuple[int, ...], groups: int) -> None:
+    """A measurement of so many prompts, as far as it gets."""
+    await measure_drafts(
+        EngineSpec(model="m"),
+        folder,
+        [Prompt(id=str(number), text="?") for number in range(prompts)],
+        contenders=contenders,
+        points=[Point(batch, 0.6) for batch in batches],
+        siblings=8,
+        max_tokens=8,
+        repeats=1,
+        waves=2,
+        groups=groups,
+        say=print,
+        keep=print,
+    )
+
+
 @pytest.mark.parametrize(("batches", "groups"), [((1, 16), 1), ((1,), 4)], ids=["for its waves", "at least"])
 async def test_a_turn_needs_as_many_prompts_as_groups(tmp_path: Path, batches: tuple[int, ...], groups: int) -> None:
     with pytest.raises(UsageError, match="needs 4 prompts and there are 3"):
-        await measure_drafts(
-            EngineSpec(model="m"),
-            tmp_path,
-            [Prompt(id=str(number), text="?") for number in range(3)],
-            contenders=["none"],
-            points=[Point(batch, 0.6) for batch in batches],
-            siblings=8,
-            max_tokens=8,
-            repeats=1,
-            waves=2,
-            groups=groups,
-            say=print,
-            keep=print,
-        )
+        await measure(tmp_path, 3, ["none"], batches, groups)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 16, 74, 200])
@@ -90,18 +95,5 @@ async def test_again_is_one_more_engine_without_drafts(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(specbench, "LocalFleet", fleet)
     with pytest.raises(FleetError):
-        await measure_drafts(
-            EngineSpec(model="m"),
-            tmp_path,
-            [Prompt(id="0", text="?")],
-            contenders=["none", "grouped", "again"],
-            points=[Point(1, 0.6)],
-            siblings=2,
-            max_tokens=8,
-            repeats=1,
-            waves=1,
-            groups=1,
-            say=print,
-            keep=print,
-        )
+        await measure(tmp_path, 1, ["none", "grouped", "again"], (1,), 1)
     assert started == ["none", "grouped", "none"]

@@ -62,6 +62,28 @@ class Drafting:
             )
         return replies
 
+    async def inject(self, prompt: list[int], group: str) -> list[int]:
+        """What is said to the prompt in another group, handed to the draft server as a reference of this one."""
+        truth = await self.respond(prompt, 1, {"seer_group": "elsewhere", "seer_request": "x"}, temperature=0.0)
+        body = {"group": group, "request": "solution", "token_ids": truth.token_ids}
+        assert await self.post("update", body) == (200, {"tokens": len(truth.token_ids)})
+        return truth.token_ids
+
+    async def repeats(self, prompt: list[int], group: str, truth: list[int]) -> int:
+        """Tokens that drafts have right when a response to the prompt says the same again."""
+        before = await self.accepted()
+        again = await self.respond(prompt, 2, {"seer_group": group, "seer_request": "0"}, temperature=0.0)
+        assert again.token_ids == truth
+        return await self.accepted() - before
+
+    @asynccontextmanager
+    async def switched_off(self) -> AsyncIterator[None]:
+        assert (await self.post("config", {"enabled": False}))[0] == 200
+        try:
+            yield
+        finally:
+            assert (await self.post("config", {"enabled": True}))[0] == 200
+
     async def get(self, path: str) -> dict[str, Any]:
         async with self._session.get(f"{self.url}/v1/seer/drafts/{path}") as reply:
             assert reply.ok, await reply.text()

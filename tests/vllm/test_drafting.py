@@ -39,12 +39,9 @@ async def test_drafts_change_no_token_and_no_logprob(vllm_fleet: LocalFleet) -> 
         drafted = await everything("on")
         after = await engine.accepted()
         assert after > before + len(OPTIONS) * SIBLINGS, "the drafts were used"
-        assert (await engine.post("config", {"enabled": False}))[0] == 200
-        try:
+        async with engine.switched_off():
             plain = await everything("off")
             assert await engine.accepted() == after
-        finally:
-            assert (await engine.post("config", {"enabled": True}))[0] == 200
     for options, some, others in zip(OPTIONS, drafted, plain, strict=True):
         for with_drafts, without in zip(some, others, strict=True):
             assert with_drafts.token_ids == without.token_ids, options
@@ -65,14 +62,8 @@ async def test_a_reference_from_outside_is_a_sibling(vllm_fleet: LocalFleet) -> 
     """What another system sends to the draft server is drafted from, and speeds up a response that says the same."""
     async with drafting(vllm_fleet) as engine:
         prompt = await engine.prompt(2)
-        truth = await engine.respond(prompt, 1, {"seer_group": "elsewhere", "seer_request": "x"}, temperature=0.0)
-        body = {"group": "with reference", "request": "solution", "token_ids": truth.token_ids}
-        assert await engine.post("update", body) == (200, {"tokens": len(truth.token_ids)})
-        before = await engine.accepted()
-        kin = {"seer_group": "with reference", "seer_request": "0"}
-        again = await engine.respond(prompt, 2, kin, temperature=0.0)
-        assert again.token_ids == truth.token_ids
-        assert await engine.accepted() - before > len(truth.token_ids) // 3
+        truth = await engine.inject(prompt, "with reference")
+        assert await engine.repeats(prompt, "with reference", truth) > len(truth) // 3
 
 
 async def test_routes(vllm_fleet: LocalFleet) -> None:

@@ -49,12 +49,9 @@ async def test_drafts_change_no_token_and_no_logprob(gpu_fleet: LocalFleet) -> N
         drafted = await _everything(engine, "on")
         after = await engine.accepted()
         assert after > before + len(drafted), "the drafts were used"
-        assert (await engine.post("config", {"enabled": False}))[0] == 200
-        try:
+        async with engine.switched_off():
             plain = await _everything(engine, "off")
             assert await engine.accepted() == after
-        finally:
-            assert (await engine.post("config", {"enabled": True}))[0] == 200
     pairs = list(zip(drafted, plain, strict=True))
     equal = [(some, other) for some, other in pairs if some.token_ids == other.token_ids]
     assert len(equal) >= 0.9 * len(pairs)
@@ -80,18 +77,12 @@ async def _everything(engine: Drafting, name: str) -> list[ChunkReply]:
 async def test_a_reference_from_outside_is_a_sibling(gpu_fleet: LocalFleet) -> None:
     async with drafting(gpu_fleet) as engine:
         prompt = await engine.prompt(2)
-        truth = await engine.respond(prompt, 1, {"seer_group": "elsewhere", "seer_request": "x"}, temperature=0.0)
-        body = {"group": "with reference", "request": "solution", "token_ids": truth.token_ids}
-        assert await engine.post("update", body) == (200, {"tokens": len(truth.token_ids)})
+        truth = await engine.inject(prompt, "with reference")
         # A group's tokens are fetched once one of its requests has been here: one that says something else.
         other = await engine.prompt(5)
         for name in ("first", "second"):
             await engine.respond(other, 3, {"seer_group": "with reference", "seer_request": name}, temperature=0.0)
-        before = await engine.accepted()
-        kin = {"seer_group": "with reference", "seer_request": "0"}
-        again = await engine.respond(prompt, 2, kin, temperature=0.0)
-        assert again.token_ids == truth.token_ids
-        assert await engine.accepted() - before > len(truth.token_ids) // 3
+        assert await engine.repeats(prompt, "with reference", truth) > len(truth) // 3
 
 
 async def test_settings_and_counts(gpu_fleet: LocalFleet) -> None:
@@ -109,9 +100,7 @@ async def test_settings_and_counts(gpu_fleet: LocalFleet) -> None:
         assert all(right <= made for right, made in zip(after["accepted"], after["drafted"], strict=True))
         assert after["by_group"]["counted"][0] > 0
         assert after["server"]["sync_connected"] == 1
-    async with drafting(gpu_fleet) as engine:
-        assert (await engine.post("config", {"enabled": False}))[0] == 200
-        try:
+        async with engine.switched_off():
             for _ in range(3):
                 await engine.siblings(prompt, "not drafted")
                 await engine.accepted()
@@ -120,7 +109,5 @@ async def test_settings_and_counts(gpu_fleet: LocalFleet) -> None:
                 await engine.siblings(prompt, "not drafted")
                 await engine.accepted()
             after = await engine.get("stats")
-        finally:
-            assert (await engine.post("config", {"enabled": True}))[0] == 200
         assert after["verified"] == before["verified"]
         assert after["steps_off"] > before["steps_off"]
