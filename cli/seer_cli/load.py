@@ -23,7 +23,7 @@ from seer_async.rollout import Rollout
 from seer_async.runfolder import RunFolder
 from seer_async.types import Prompt
 from seer_cli.process import calm_gc
-from seer_servers.fleet import free_ports
+from seer_servers.ports import Ports
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
@@ -162,8 +162,9 @@ async def mock_engine_processes(count: int, in_flight: int, *, step_ms: float) -
     options += ["--per-request-ms", "0", "--max-model-len", "16384"]
     processes: list[asyncio.subprocess.Process] = []
     urls: list[str] = []
+    ports = Ports(count)
     try:
-        for port in free_ports(count):
+        for port in ports:
             command = [sys.executable, "-m", "seer_cli.main", "mock-engine", "--port", str(port), *options]
             processes.append(await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE))
             urls.append(f"http://127.0.0.1:{port}")

@@ -19,7 +19,7 @@ import aiohttp
 
 from seer_async.engine import engine_session
 from seer_async.errors import FleetError, UsageError
-from seer_servers.fleet import free_ports
+from seer_servers.ports import Ports
 from seer_servers.process import Process
 
 if TYPE_CHECKING:
@@ -87,7 +87,8 @@ async def router(urls: Sequence[str], policy: str, log: Path) -> AsyncIterator[s
     Raises:
         FleetError: It does not start.
     """
-    port, metrics = free_ports(2)
+    ports = Ports(2)
+    port, metrics = ports
     options = ["--worker-urls", *urls, "--policy", policy, "--host", "127.0.0.1", "--port", str(port)]
     options += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics)]
     options += ["--request-timeout-secs", f"{_CALL_S:.0f}", "--log-level", "error"]

@@ -19,7 +19,7 @@ import msgspec
 from seer_async.engine import engine_session
 from seer_async.errors import SeerError
 from seer_cli.load import mock_engine_processes
-from seer_servers.fleet import free_ports
+from seer_servers.ports import Ports
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -106,7 +106,7 @@ async def _overhead(session: aiohttp.ClientSession, direct: str, url: str, turns
 @contextlib.asynccontextmanager
 async def _service(urls: list[str], chunk: int) -> AsyncIterator[str]:
     """`seer serve` over engines: its URL."""
-    (port,) = free_ports(1)
+    ports = Ports(1)
     servers = [part for url in urls for part in ("--server", url)]
     command = [
         sys.executable,
@@ -115,7 +115,7 @@ async def _service(urls: list[str], chunk: int) -> AsyncIterator[str]:
         "serve",
         *servers,
         "--port",
-        str(port),
+        str(ports[0]),
         "--chunk-size",
         str(chunk),
     ]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import socket
 import sys
 import time
 from typing import TYPE_CHECKING, Self
@@ -20,6 +19,7 @@ import msgspec
 from seer_async.errors import FleetError
 from seer_servers.drafting.kinds import GROUPED, draft_options
 from seer_servers.placement import GIB, Placement, place
+from seer_servers.ports import HOST, Ports
 from seer_servers.process import Process
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from seer_servers.drafting.service import DraftService
     from seer_servers.kvpool.pool import Pool
 
-HOST = "127.0.0.1"
 START_TIMEOUT_S = 900.0  # a large model on a cold disk, its kernels compiled for the first time
 HEALTH_POLL_S = 0.25
 NEWS_S = 15.0  # between two words on engines that still start
@@ -201,11 +200,11 @@ class LocalFleet:
     ) -> None:
         specs = [spec] * count if isinstance(spec, EngineSpec) else list(spec)
         placements = place(count, specs[0].model, specs[0].kv_bytes)
-        ports = free_ports(count)
+        self._ports = Ports(count)
         self.pool = pool
         self.drafts = _draft_service(run_dir) if any(each.draft == GROUPED for each in specs) else None
         self.engines = [
-            LocalEngine(i, ports[i], specs[i], placements[i], run_dir, pool=pool, drafts=self.drafts)
+            LocalEngine(i, self._ports[i], specs[i], placements[i], run_dir, pool=pool, drafts=self.drafts)
             for i in range(count)
         ]
         self._say = say
@@ -299,12 +298,3 @@ def _draft_service(run_dir: Path) -> DraftService:
     from seer_servers.drafting.service import DraftService  # noqa: PLC0415 - only where engines draft
 
     return DraftService(run_dir)
-
-
-def free_ports(count: int) -> list[int]:
-    """Return `count` different TCP ports of the loopback interface that nobody listens on now."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind((HOST, 0))
-        return [each.getsockname()[1] for each in sockets]

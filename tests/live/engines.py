@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import httpx
 
 from seer_cli.main import app
-from seer_servers.fleet import free_ports
+from seer_servers.ports import Ports
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -71,7 +71,7 @@ def _run(command: list[str]) -> None:
 @contextlib.contextmanager
 def mock_engines(*options: list[str]) -> Iterator[list[MockProcess]]:
     """One engine for each list of command-line options."""
-    ports = free_ports(len(options))
+    ports = Ports(len(options))
     engines = [MockProcess(port, *given) for port, given in zip(ports, options, strict=True)]
     try:
         for engine in engines:

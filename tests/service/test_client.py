@@ -20,7 +20,7 @@ from aiohttp import web
 from seer_async.client import AsyncClient, AsyncRollout, Client, RolloutError
 from seer_async.clientcalls import Lines
 from seer_async.errors import SeerError
-from seer_servers.fleet import free_ports
+from seer_servers.ports import Ports
 from tests.service.serving import FAST, SLOW, mock_engines, prompts, served
 
 if TYPE_CHECKING:
@@ -130,8 +130,8 @@ async def test_a_busy_server_is_asked_again(engines: list[MockProcess], tmp_path
 
 async def test_the_server_comes_back_without_the_rollout(engines: list[MockProcess], tmp_path: Path) -> None:
     """What it had of it is read to the end, then the reader is told."""
-    (port,) = free_ports(1)
-    async with served(engines, tmp_path, port=port) as app, AsyncClient(app.url) as client:
+    ports = Ports(1)
+    async with served(engines, tmp_path, port=ports[0]) as app, AsyncClient(app.url) as client:
         rollout = await client.rollout(prompts(4), n=8, max_tokens=1500, ignore_eos=True)
         quick = await client.rollout(prompts(2), n=2, max_tokens=4)
         assert len([sample async for sample in quick]) == 4
@@ -139,7 +139,7 @@ async def test_the_server_comes_back_without_the_rollout(engines: list[MockProce
         reading = asyncio.create_task(_all(client, rollout.id))
         again = asyncio.create_task(_all(client, quick.id))
         await asyncio.sleep(0.5)
-        async with served(engines, tmp_path, port=port):
+        async with served(engines, tmp_path, port=ports[0]):
             with pytest.raises(RolloutError, match="lost"):
                 await reading
             assert len(await again) == 4

@@ -21,8 +21,8 @@ from seer_async.sampling import Sampling
 from seer_async.service import Service
 from seer_async.tickets import Ticket, Work
 from seer_async.types import Prompt
-from seer_servers.fleet import free_ports
 from seer_servers.mock import LanguageModel, reference_response
+from seer_servers.ports import Ports
 from seer_servers.service import pausing, weights
 from seer_servers.service.control import Control
 from seer_servers.service.errors import ApiError
@@ -43,9 +43,8 @@ LONG = GroupOptions(sampling=Sampling(max_tokens=200, ignore_eos=True), chunk_si
 @pytest.fixture
 def engines() -> Iterator[list[MockProcess]]:
     """Three, of which those that a trainer uses are started."""
-    three = [
-        MockProcess(port, *SPEED, "--world-size", str(size)) for port, size in zip(free_ports(3), SIZES, strict=True)
-    ]
+    ports = Ports(3)
+    three = [MockProcess(port, *SPEED, "--world-size", str(size)) for port, size in zip(ports, SIZES, strict=True)]
     yield three
     for engine in three:
         engine.kill()

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import psutil
 
-from seer_servers.fleet import free_ports
 from seer_servers.mock import LanguageModel, reference_response
+from seer_servers.ports import Ports
 from tests.live.engines import mock_engines
 from tests.service.server import COMPLETIONS, PROMPT, SPEED
 
@@ -32,16 +32,16 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/j
 @asynccontextmanager
 async def command(engine: MockProcess, *settings: str) -> AsyncIterator[tuple[httpx.AsyncClient, psutil.Process]]:
     """`seer serve` as users start it, and its process."""
-    (port,) = free_ports(1)
+    ports = Ports(1)
     words = [word for setting in settings for word in ("--set", setting)]
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "seer_cli.main", "serve", "--server", engine.url, "--port", str(port), *words,
+        sys.executable, "-m", "seer_cli.main", "serve", "--server", engine.url, "--port", str(ports[0]), *words,
         stdout=asyncio.subprocess.PIPE,
     )  # fmt: skip
     try:
         assert process.stdout is not None
         assert b"ready" in await asyncio.wait_for(process.stdout.readline(), 60)
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{ports[0]}", timeout=30) as client:
             yield client, psutil.Process(process.pid)
     finally:
         process.kill()

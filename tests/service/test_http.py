@@ -12,7 +12,7 @@ import pytest
 
 from seer_async.config import ServeConfig
 from seer_async.errors import ConfigError
-from seer_servers.fleet import free_ports
+from seer_servers.ports import Ports
 from seer_servers.service.keys import Keys
 from tests.live.engines import mock_engines, running
 from tests.service.server import CHAT, COMPLETIONS, GENERATE, MESSAGES, PROMPT, SPEED, post, served
@@ -182,13 +182,13 @@ async def test_figures(engines: list[MockProcess]) -> None:
 async def test_the_command_ends_when_asked(patient: bool) -> None:
     """The first signal finishes what is open, the second gives it up."""
     with mock_engines(SPEED) as engines:
-        (port,) = free_ports(1)
-        command = [sys.executable, "-m", "seer_cli.main", "serve", "--server", engines[0].url, "--port", str(port)]
+        ports = Ports(1)
+        command = [sys.executable, "-m", "seer_cli.main", "serve", "--server", engines[0].url, "--port", str(ports[0])]
         process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
         assert process.stdout is not None
         try:
             line = (await process.stdout.readline()).decode()
-            assert line == f"seer serve ready at http://127.0.0.1:{port}\n"
+            assert line == f"seer serve ready at http://127.0.0.1:{ports[0]}\n"
             async with httpx.AsyncClient(base_url=line.split()[-1], timeout=20) as client:
                 body = {"prompt": PROMPT, "n": 2, "max_tokens": 300 if patient else 15_000, "ignore_eos": True}
                 task = asyncio.create_task(post(client, COMPLETIONS, **body))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from seer_servers.fleet import free_ports
+from seer_servers.ports import Ports
 from tests.mock_http import INSTANT
 from tests.mock_http import running as mock_engine
 from tests.service.server import CHAT, COMPLETIONS, GENERATE, MESSAGES, PROMPT, served
@@ -79,8 +79,8 @@ def _files(folder: Path) -> dict[Path, bytes]:
 
 async def _served(url: str, env: dict[str, str], folder: Path) -> AsyncIterator[bytes]:
     """Everything that `seer serve` over an engine says, to clients and on its own account."""
-    (port,) = free_ports(1)
-    words = ["serve", "--server", url, "--port", str(port), "--api-key-env", "CLIENT_KEYS"]
+    ports = Ports(1)
+    words = ["serve", "--server", url, "--port", str(ports[0]), "--api-key-env", "CLIENT_KEYS"]
     words += ["--set", "engine.api_key_env=ENGINE_KEY", "--set", "engine.patience_s=2"]
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "seer_cli.main", *words, cwd=folder, env=env,
@@ -89,7 +89,7 @@ async def _served(url: str, env: dict[str, str], folder: Path) -> AsyncIterator[
     assert process.stdout is not None
     try:
         yield await asyncio.wait_for(process.stdout.readuntil(b"\n"), 60)
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{ports[0]}", timeout=30) as client:
             for key in (CLIENTS, ENGINES, CLIENTS[:-1], "other"):
                 async for reply in _replies(client, {"Authorization": f"Bearer {key}"}):
                     yield repr(reply.headers).encode() + reply.content

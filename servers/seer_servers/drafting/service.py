@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from seer_servers.drafting.address import ADDRESS_ENV, socket_path
 from seer_servers.drafting.link import ask_stats
 from seer_servers.drafting.tokenlog import MAX_TOKENS
-from seer_servers.fleet import free_ports
 from seer_servers.kvpool.mooncake import Service
+from seer_servers.ports import Ports
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,7 +32,8 @@ class DraftService:
     """
 
     def __init__(self, folder: Path, *, host: str | None = None, max_tokens: int = MAX_TOKENS) -> None:
-        self.address = f"tcp://{host}:{free_ports(1)[0]}" if host else _new_address()
+        self._ports = Ports(1 if host else 0)
+        self.address = f"tcp://{host}:{self._ports[0]}" if host else _new_address()
         self._log = folder / "logs" / "draft-server.log"
         self._options = ["--max-tokens", str(max_tokens), *(["--anywhere"] if host else [])]
         self._service: Service | None = None

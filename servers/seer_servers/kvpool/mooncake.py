@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 import aiohttp
 
 from seer_async.errors import FleetError
-from seer_servers.fleet import HOST, free_ports
+from seer_servers.ports import HOST, Ports
 from seer_servers.process import Process
 
 if TYPE_CHECKING:
@@ -115,7 +115,8 @@ class MooncakePool:
         self._folder = folder
         self._capacity = capacity_bytes
         self._namespace = namespace
-        self._master_port, self._http_port, self._store_port = free_ports(3)
+        self._ports = Ports(3)
+        self._master_port, self._http_port, self._store_port = self._ports
         self._ssd = ssd / f"seer-mooncake-{self._master_port}" if ssd else None
         self._keepers: list[asyncio.Task[None]] = []
         self.master = self._service("mooncake_master", self._master_command(), self._master_answers)
