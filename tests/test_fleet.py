@@ -67,7 +67,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def ask(url: str) -> dict[str, object]:
-    with urllib.request.urlopen(f"{url}/health", timeout=5) as reply:
+    with urllib.request.urlopen(f"{url}/health", timeout=30) as reply:
         return json.load(reply)
 
 
@@ -330,7 +330,7 @@ class TestFleet:
                 assert seen["env"] == dict(zip(names, [None, None, "seer", "1"], strict=True))
                 assert engine.log.is_file()
             groups = [engine.process.pid for engine in fleet.engines]
-        async with asyncio.timeout(5):  # what was killed may take a moment to be gone
+        async with asyncio.timeout(30):  # what was killed may take a moment to be gone
             while any(members(group) for group in groups):
                 await asyncio.sleep(0.05)
         assert sum(bool(re.fullmatch(r"engine-\d is ready after \d+ s", line)) for line in lines) == 2
@@ -340,7 +340,7 @@ class TestFleet:
         started = time.monotonic()
         with pytest.raises(FleetError, match="ended while it started") as raised:
             await LocalFleet(dying, 1, tmp_path).__aenter__()
-        assert time.monotonic() - started < 20
+        assert time.monotonic() - started < 60
         assert "ValueError: the model is too large\nexited with code 3\n" in str(raised.value)
         assert "engine-0.log" in str(raised.value)
 
@@ -442,7 +442,7 @@ def test_a_real_engine_follows_its_spec_and_its_owner_into_death(vllm_installed:
     owner = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert owner.stdout
     group, url = owner.stdout.readline().split()
-    with urllib.request.urlopen(f"{url}/metrics", timeout=5) as reply:
+    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as reply:
         (cache,) = (line for line in reply.read().decode().splitlines() if line.startswith("vllm:cache_config_info{"))
     assert 'num_gpu_blocks="64"' in cache
     assert 'block_size="32"' in cache
@@ -451,4 +451,4 @@ def test_a_real_engine_follows_its_spec_and_its_owner_into_death(vllm_installed:
     owner.kill()
     wait_until(lambda: not members(int(group)), process.GRACE_S + 10)
     with pytest.raises(OSError, match="refused"):
-        urllib.request.urlopen(url, timeout=5)
+        urllib.request.urlopen(url, timeout=30)

@@ -45,14 +45,14 @@ async def test_a_client_that_hangs_up_frees_the_engine():
         await until(busy)
         assert (await metrics(session))["vllm:kv_cache_usage_perc"] > 0
         call.cancel()
-        await asyncio.wait_for(until(idle), 5)
+        await asyncio.wait_for(until(idle), 30)
         assert not server.engine._flights
 
 
 async def test_preemptions_are_counted_and_change_no_token():
     config = MockConfig(
         max_model_len=160,
-        speed=Speed(step_ms=1, per_request_ms=0),
+        speed=Speed(step_ms=5, per_request_ms=0),
         kv=KV(num_blocks=10, block_size=16),
     )
     async with running(config) as (_, session):
@@ -83,7 +83,7 @@ async def test_more_requests_than_slots_wait_in_the_engine():
 
 async def test_new_weights_take_over_in_the_middle_of_a_response():
     seed = next(seed for seed in range(10_000) if 200 < len(reference_response(PROMPT, seed, 10_000)[0]) < 400)
-    async with running(SLOW) as (_, session):
+    async with running(MockConfig(speed=Speed(step_ms=20, per_request_ms=0))) as (_, session):
         call = asyncio.create_task(post(session, GENERATE, generate_body(PROMPT, max_tokens=400, seed=seed)))
         await begun(session)
         reply = await post(session, "/update_weight_version", {"new_version": "v2"})
@@ -121,10 +121,10 @@ async def test_pause_keep_freezes_and_resume_goes_on():
         assert await get(session, "/is_paused") == {"is_paused": False}
 
 
-@pytest.mark.parametrize(("mode", "ending"), [("wait", "length"), ("abort", "abort")])
-async def test_pause_waits_or_aborts(mode, ending):
+@pytest.mark.parametrize(("mode", "length", "ending"), [("wait", 300, "length"), ("abort", 4000, "abort")])
+async def test_pause_waits_or_aborts(mode, length, ending):
     async with running(SLOW) as (_, session):
-        call = asyncio.create_task(generate(session, PROMPT, max_tokens=300, ignore_eos=True))
+        call = asyncio.create_task(generate(session, PROMPT, max_tokens=length, ignore_eos=True))
 
         await begun(session)
         await post(session, f"/pause?mode={mode}", {})

@@ -333,7 +333,7 @@ class TestJanitorProcess:
         for number in range(12):
             save(store, number)
         wait_for(lambda: ledger.janitor()["evictions"] > 0)
-        assert sum(store.tier(block(number)) == 0 for number in range(12)) <= 6
+        wait_for(lambda: sum(store.tier(block(number)) == 0 for number in range(12)) <= 6)
 
     def test_the_last_takes_the_pool_away(self, store: Store, janitors: Callable[[], subprocess.Popen[bytes]]) -> None:
         ledger = Ledger(store.root)

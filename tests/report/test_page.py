@@ -196,7 +196,7 @@ def test_ten_thousand_samples_are_quick_and_small(tmp_path: Path) -> None:
     path = folder(tmp_path / "large", samples, metrics)
     begun = time.process_time()
     text = html_page([report_on(read_run(path))])
-    assert time.process_time() - begun < 10
+    assert time.process_time() - begun < 30
     assert len(text.encode()) < 3 << 20
     check_page(text)
 
@@ -262,7 +262,7 @@ def printed(program: str, page: Path, picture: Path, scheme: int, width: int) ->
         f"--user-data-dir={picture.with_suffix('')}", f"--blink-settings=preferredColorScheme={scheme}",
         f"--window-size={width},900", f"--screenshot={picture}", page.as_uri(),
     ]  # fmt: skip
-    return subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=True).stderr
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=280, check=True).stderr
 
 
 def pixels(picture: Path) -> list[bytes]:

@@ -77,7 +77,7 @@ async def test_what_comes_in_the_last_moment_keeps_no_monitor_alive(tmp_path: Pa
     core = Core(config, ["a"], run="r", seed=1, tokenizer=None, lengths=None)
     engine.shell = Shell(core, {"a": cast("EngineClient", engine)}, folder, clock=Clock())
     engine.shell.post(GroupAdded(prompt=Prompt(id="p", token_ids=[1, 2]), n=1, limit=10), InputClosed())
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         assert await engine.shell.run({"a": INFO}) == "done"
     folder.close()
 
@@ -122,7 +122,7 @@ async def shell_over(tmp_path: Path, engine: Engine, **options: Any) -> AsyncIte
     await asyncio.sleep(0.05)
     assert not running.done()
     shell.post(AbortRequested())
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         assert await running == "aborted"
     folder.close()
 

@@ -69,6 +69,10 @@ class Drafting:
         assert await self.post("update", body) == (200, {"tokens": len(truth.token_ids)})
         return truth.token_ids
 
+    async def fetched(self) -> int:
+        """Tokens that the engine has got from the draft server so far."""
+        return int((await self.get("stats"))["sync_fetched_tokens"])
+
     async def repeats(self, prompt: list[int], group: str, truth: list[int]) -> int:
         """Tokens that drafts have right when a response to the prompt says the same again."""
         before = await self.accepted()

@@ -69,6 +69,7 @@ def adapter(folder: Path, seed: int) -> str:
     return str(folder)
 
 
+@pytest.mark.timeout(1200)  # an engine of its own, and all that is asked of it
 async def test_adapters(engine: str, tmp_path: Path) -> None:
     paths = [await asyncio.to_thread(adapter, tmp_path / f"a{seed}", seed) for seed in range(3)]
     config = resolve({"serve": {"port": 0, "stream_chunk_size": CHUNK}, "rollout": {"chunk_size": CHUNK}})

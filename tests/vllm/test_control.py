@@ -13,6 +13,7 @@ import pytest
 
 from seer_async.config import resolve
 from seer_servers.model import ensure_default_model
+from seer_servers.service import pausing
 from seer_servers.service.serve import serving
 from tests.vllm.putback import put_back
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
     from seer_async.service import Service
+    from seer_async.types import EngineStats
     from seer_servers.fleet import LocalFleet
 
 pytestmark = pytest.mark.vllm
@@ -48,9 +50,9 @@ class Trainer:
         async with httpx.AsyncClient(timeout=60) as client:
             return [(await client.get(url + path)).raise_for_status().json() for url in self.fleet.urls]
 
-    def ask(self, name: str = "mine") -> asyncio.Task[list[list[int]]]:
+    def ask(self, name: str = "mine", length: int = LENGTH) -> asyncio.Task[list[list[int]]]:
         """A seeded group, which is always the same, on its way."""
-        body = {"prompt": PROMPT, "n": N, "seed": 11, "max_tokens": LENGTH, "ignore_eos": True}
+        body = {"prompt": PROMPT, "n": N, "seed": 11, "max_tokens": length, "ignore_eos": True}
 
         async def asked() -> list[list[int]]:
             reply = await self.ours.post(
@@ -60,18 +62,27 @@ class Trainer:
 
         return asyncio.create_task(asked())
 
-    async def under_way(self) -> asyncio.Task[list[list[int]]]:
-        """The group, when some of it has been sampled."""
-        before = self.service.core.responses.tokens
-        task = self.ask()
-        while self.service.core.responses.tokens < before + 2 * N * 8:
+    async def under_way(self, length: int = LENGTH) -> asyncio.Task[list[list[int]]]:
+        """The group, when some of each of its responses has been sampled."""
+        task = self.ask(length=length)
+        while sum(request.generated >= 8 for request in self.service.core.buffer.unfinished()) < N:
             await asyncio.sleep(0.01)
-        assert not task.done()
+            assert not task.done()
         return task
 
-    def sampled(self) -> int:
-        """Tokens, by the engines' own latest account."""
-        return sum(each.stats.generated_tokens for each in self.service.core.instances.values() if each.stats)
+    def told(self) -> dict[str, EngineStats]:
+        """The latest accounts of themselves of the engines that work for us."""
+        engines = self.service.core.instances
+        return {name: each.stats for name, each in engines.items() if each.in_flight and each.stats}
+
+    async def sampling(self) -> None:
+        """Wait until the engines have sampled some of each response of a group, by their own account."""
+        async with asyncio.timeout(60):
+            while sum(stats.running for stats in self.told().values()) < N:
+                await asyncio.sleep(0.01)
+            wanted = {name: stats.generated_tokens + 8 for name, stats in self.told().items()}
+            while any(stats.generated_tokens < wanted[name] for name, stats in self.told().items()):
+                await asyncio.sleep(0.01)
 
     async def states(self) -> list[str]:
         return [worker["state"] for worker in (await self.get("/workers"))["workers"]]
@@ -124,20 +135,21 @@ async def test_pause_sleep_and_the_rest(vllm_fleet: LocalFleet) -> None:
         await put_back(vllm_fleet)
 
 
-async def test_requests_aborted_by_name_keep_what_was_sampled_of_their_one_chunk(vllm_fleet: LocalFleet) -> None:
-    async with trainer(vllm_fleet, chunk_size=8 * LENGTH) as it:
-        whole = await it.ask()
-        await asyncio.sleep(0.6)  # for telemetry, which is read every quarter of a second
-        before = it.sampled()
-        task = it.ask()
-        async with asyncio.timeout(15):
-            while it.sampled() < before + N:
-                await asyncio.sleep(0.01)
+async def test_requests_aborted_by_name_keep_what_was_sampled_of_their_one_chunk(
+    vllm_fleet: LocalFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pausing, "HAND_BACK_S", 30.0)  # the one chunk is all that there is
+    long = 8 * LENGTH
+    async with trainer(vllm_fleet, chunk_size=long) as it:
+        await it.eventually(it.idle)
+        task = it.ask(length=long)
+        await it.sampling()
         assert (await it.post("/abort_requests", {"request_ids": ["mine"]}))["aborted"] == N
         cut = await task
-        assert all(tokens == right[: len(tokens)] for tokens, right in zip(cut, whole, strict=True))
-        assert all(0 < len(tokens) < LENGTH for tokens in cut)
+        assert all(0 < len(tokens) < long for tokens in cut)
         await it.eventually(it.idle)
+        whole = await it.ask(length=max(map(len, cut)))
+        assert all(tokens == right[: len(tokens)] for tokens, right in zip(cut, whole, strict=True))
 
 
 async def _pauses(it: Trainer, whole: list[list[int]]) -> None:
@@ -157,9 +169,10 @@ async def _pauses(it: Trainer, whole: list[list[int]]) -> None:
         cut = await task
         assert cut == whole if mode != "abort" else any(len(tokens) < LENGTH for tokens in cut)
         assert all(tokens == right[: len(tokens)] for tokens, right in zip(cut, whole, strict=True))
-    task = await it.under_way()
+    long = 8 * LENGTH  # one engine may be far ahead of the other
+    task = await it.under_way(long)
     assert (await it.post("/abort_requests", {"request_ids": ["mine"]}))["aborted"] == N
-    assert all(len(tokens) < LENGTH for tokens in await task)
+    assert all(len(tokens) < long for tokens in await task)
     await it.eventually(it.idle)
 
 

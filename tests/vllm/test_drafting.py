@@ -61,8 +61,13 @@ async def test_requests_that_say_nothing_are_siblings_by_their_prompt(vllm_fleet
 async def test_a_reference_from_outside_is_a_sibling(vllm_fleet: LocalFleet) -> None:
     """What another system sends to the draft server is drafted from, and speeds up a response that says the same."""
     async with drafting(vllm_fleet) as engine:
-        prompt = await engine.prompt(2)
+        prompt, other = await engine.prompt(2), await engine.prompt(5)
+        before = await engine.fetched()
         truth = await engine.inject(prompt, "with reference")
+        # A group's tokens are fetched once one of its requests has been here: one that says something else.
+        async with asyncio.timeout(60):
+            while await engine.fetched() < before + len(truth):
+                await engine.respond(other, 3, {"seer_group": "with reference", "seer_request": "x"}, temperature=0.0)
         assert await engine.repeats(prompt, "with reference", truth) > len(truth) // 3
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import re
 import signal
@@ -16,6 +17,7 @@ import pytest
 from seer_async.engine import EngineClient, engine_session
 from seer_async.wire import CallSpec
 from seer_servers.fleet import EngineSpec, LocalFleet
+from seer_servers.kvpool import mooncake
 from seer_servers.kvpool.mooncake import MooncakePool, model_namespace
 from seer_servers.model import ensure_default_model
 from tests.test_mooncake import mooncake_installed  # noqa: F401 - a fixture
@@ -103,7 +105,7 @@ def kill(service: Service) -> None:
 async def pool_works(there: Engine, here: Engine, seed: int) -> None:
     """Wait until what one engine stores can be found by the other, with prompts that were never used before."""
     async with asyncio.timeout(60):
-        for attempt in range(60):
+        for attempt in itertools.count():
             fresh = prompt(seed * 1000 + attempt)[: 2 * BLOCK + 1]
             await here.go_on(fresh, 1, "v1")
             await asyncio.sleep(0.5)
@@ -111,7 +113,15 @@ async def pool_works(there: Engine, here: Engine, seed: int) -> None:
                 return
 
 
-async def test_two_engines_and_killed_daemons(vllm_installed: None, mooncake_installed: None, tmp_path: Path) -> None:  # noqa: F811 - a fixture
+async def test_two_engines_and_killed_daemons(
+    vllm_installed: None,
+    mooncake_installed: None,  # noqa: F811 - a fixture
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Busy cores stall a daemon for seconds; a store that is killed is believed in for that long, too.
+    monkeypatch.setattr(mooncake, "CLIENT_TTL_S", 10)
+    monkeypatch.setattr(mooncake, "RPC_TIMEOUT_MS", 10_000)
     model = str(ensure_default_model())
     spec = EngineSpec(model=model, dtype="float32", max_model_len=2048, block_size=BLOCK, kv_cache_gib=0.5)
     pool = MooncakePool(tmp_path, 1 << 30, namespace=model_namespace(model, "float32"))
