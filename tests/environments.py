@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _INSTALL_S = 240
-_RUN_S = 120
+_RUN_S = 280
 
 
 class Environment:

@@ -86,7 +86,7 @@ def mock_engines(*options: list[str]) -> Iterator[list[MockProcess]]:
 
 async def running(engine: MockProcess) -> int:
     """Requests that the engine works on now."""
-    async with httpx.AsyncClient(timeout=10) as client:
+    async with httpx.AsyncClient(timeout=60) as client:
         page = (await client.get(f"{engine.url}/metrics")).text
     names = ("vllm:num_requests_running", "vllm:num_requests_waiting")
     lines = [line for line in page.splitlines() if line.startswith(names)]

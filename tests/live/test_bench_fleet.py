@@ -33,7 +33,7 @@ def bench(engines: list[MockProcess], *options: str) -> Any:
     return msgspec.json.decode(done.stdout)
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 def test_contenders_do_the_same_work(tmp_path: Path) -> None:
     names = ["group-round-robin", "vllm-router:power_of_two", "vllm-router:consistent_hash", "seer", "oracle"]
     options = [word for name in names for word in ("-c", name)]
@@ -58,11 +58,12 @@ def test_contenders_do_the_same_work(tmp_path: Path) -> None:
     assert result["solo_step_s"] > 0.001
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(600)
 def test_what_preempted_requests_compute_again_is_counted() -> None:
     scarce = ["--step-ms", "2", "--num-blocks", "48", "--block-size", "16", "--max-model-len", "512"]
     with mock_engines(scarce) as engines:
         options = ["--groups", str(GROUPS), "-n", str(N), "--mean", "60", "--longest", "200", "--repeats", "1"]
+        options += ["--set", "engine.stagger=0"]  # or seer relies on the order in which calls end
         baseline, seer = bench(engines, "-c", "group-round-robin", "-c", "seer", *options)["runs"]
     assert baseline["preemptions"] > 0
     assert baseline["recomputed"] > 30 * baseline["preemptions"]  # a prompt, and what it had generated
@@ -95,7 +96,7 @@ def test_an_engine_that_does_not_say_what_it_computed_again_leaves_a_question_ma
     assert [_tokens(figures) for figures in ([10, 30, 20], [10, None, 20])] == ["20", "?"]
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(600)
 def test_lengths_of_a_recorded_run(tmp_path: Path) -> None:
     lengths = heavy_tailed_lengths([f"g{i}" for i in range(GROUPS)], N, mean=40, longest=90, seed=3)
     lines = [

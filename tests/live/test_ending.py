@@ -28,7 +28,7 @@ PROMPTS = [Prompt(id=f"g{number}", token_ids=[5 + number, 6, 7]) for number in r
 TREE: dict[str, Any] = {
     "rollout": {"n": N, "chunk_size": 32},
     "sampling": {"max_tokens": 320, "seed": 3},
-    "engine": {"telemetry_s": 0.1, "probe_timeout_s": 5.0},
+    "engine": {"telemetry_s": 0.1, "probe_timeout_s": 60.0},
 }
 MARK = TREE | {"rollout": TREE["rollout"] | {"mixed_versions": "mark"}}
 FAST = ["--step-ms", "1", "--mean-length", "50"]
@@ -41,28 +41,29 @@ def run_json(path: Path) -> dict[str, Any]:
     return said
 
 
-def meanwhile(after_s: float, what: Callable[[], Awaitable[Any]]) -> Callable[[Rollout], None]:
-    """Do something in the middle of a rollout."""
+def meanwhile(what: Callable[[], Awaitable[Any]]) -> Callable[[Rollout], None]:
+    """Do something in the middle of a rollout: when there are tokens."""
 
-    async def later() -> None:
-        await asyncio.sleep(after_s)
+    async def later(rollout: Rollout) -> None:
+        while not rollout.core.responses.tokens:
+            await asyncio.sleep(0.01)
         await what()
 
-    def begin(_: Rollout) -> None:
-        tasks.append(asyncio.get_running_loop().create_task(later()))
+    def begin(rollout: Rollout) -> None:
+        tasks.append(asyncio.get_running_loop().create_task(later(rollout)))
 
     tasks: list[asyncio.Task[None]] = []
     return begin
 
 
 async def post(url: str, path: str, body: dict[str, Any]) -> None:
-    async with httpx.AsyncClient() as client:
+    async with httpx.AsyncClient(timeout=60) as client:
         (await client.post(url + path, json=body)).raise_for_status()
 
 
 async def test_new_weights_in_the_middle_of_a_marked_run(tmp_path: Path) -> None:
     with mock_engines(SLOW) as (engine,):
-        update = meanwhile(0.4, lambda: post(engine.url, "/update_weight_version", {"new_version": "v2"}))
+        update = meanwhile(lambda: post(engine.url, "/update_weight_version", {"new_version": "v2"}))
         result = await roll(tmp_path / "run", [engine.url], PROMPTS, MARK, during=update)
     off = sum(not sample["on_policy"] for sample in samples(tmp_path / "run").values())
     said = run_json(tmp_path / "run")
@@ -98,7 +99,7 @@ async def test_an_engine_that_comes_back_with_other_weights_gets_nothing(tmp_pat
 
         tree = TREE | {"engine": TREE["engine"] | {"max_in_flight": 4}}
         try:
-            result = await roll(tmp_path / "run", [one.url, other.url], PROMPTS, tree, during=meanwhile(0.3, replace))
+            result = await roll(tmp_path / "run", [one.url, other.url], PROMPTS, tree, during=meanwhile(replace))
         finally:
             again.kill()
     assert result.summary["weight_versions"] == {"default": N * len(PROMPTS)}
@@ -109,7 +110,7 @@ async def test_an_engine_that_comes_back_with_other_weights_gets_nothing(tmp_pat
 async def test_failures_are_explained(tmp_path: Path) -> None:
     tree = TREE | {"rollout": TREE["rollout"] | {"max_attempts": 1}}
     with mock_engines(SLOW) as (engine,):
-        fail = meanwhile(0.3, lambda: post(engine.url, "/mock/faults", {"active": {"error-500": 0.5}}))
+        fail = meanwhile(lambda: post(engine.url, "/mock/faults", {"active": {"error-500": 0.5}}))
         result = await roll(tmp_path / "run", [engine.url], PROMPTS, tree, during=fail)
     assert result.exit_code == 3
     words = "\n".join(closing_words(result))

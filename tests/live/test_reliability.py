@@ -45,7 +45,7 @@ SLOW = ["--step-ms", "10", "--mean-length", MEAN]
 TREE: dict[str, Any] = {
     "rollout": {"n": N, "chunk_size": 32},
     "sampling": {"max_tokens": MAX_TOKENS, "seed": 21},
-    "engine": {"telemetry_s": 0.2, "probe_timeout_s": 2.0, "chunk_timeout_s": 5.0},
+    "engine": {"telemetry_s": 0.2, "probe_timeout_s": 20.0, "chunk_timeout_s": 5.0},
 }
 
 
@@ -119,10 +119,15 @@ FORGERIES = {"duplicate-reply"}
 async def test_a_hostile_engine_spoils_nothing(pair: list[MockProcess], tmp_path: Path, fault: str) -> None:
     """One engine misbehaves in half of its replies; the run still ends with the right samples."""
     tree = TREE | {"engine": {"telemetry_s": 0.2, "probe_timeout_s": 5.0, "chunk_timeout_s": 1.5}}
-    async with httpx.AsyncClient() as client:
-        turn = asyncio.create_task(_turn_hostile(client, pair[1].url, fault))  # after it was attached
-        result = await asyncio.wait_for(roll(tmp_path / "run", [e.url for e in pair], prompts(6), tree), 90)
-        await turn
+    turns: list[asyncio.Task[None]] = []
+    async with httpx.AsyncClient(timeout=60) as client:
+
+        def turn_hostile(_: Rollout) -> None:  # called after it was attached
+            turns.append(asyncio.get_running_loop().create_task(_switch_on(client, pair[1].url, fault)))
+
+        rolling = roll(tmp_path / "run", [e.url for e in pair], prompts(6), tree, during=turn_hostile)
+        result = await asyncio.wait_for(rolling, 200)
+        await turns[0]
         fired = (await client.get(f"{pair[1].url}/mock/faults")).json()["fired"]
         (await client.post(f"{pair[1].url}/mock/faults", json={"active": {}})).raise_for_status()
     assert fired[fault] > 0
@@ -131,8 +136,7 @@ async def test_a_hostile_engine_spoils_nothing(pair: list[MockProcess], tmp_path
     assert_right(by_id, 6)
 
 
-async def _turn_hostile(client: httpx.AsyncClient, url: str, fault: str) -> None:
-    await asyncio.sleep(0.25)
+async def _switch_on(client: httpx.AsyncClient, url: str, fault: str) -> None:
     (await client.post(f"{url}/mock/faults", json={"active": {fault: 0.5}})).raise_for_status()
 
 
@@ -158,7 +162,7 @@ async def test_a_sick_engine_is_ejected_soon(tmp_path: Path) -> None:
 
             async def sicken() -> None:
                 await asyncio.sleep(0.7)
-                async with httpx.AsyncClient() as client:
+                async with httpx.AsyncClient(timeout=60) as client:
                     answer = await client.post(f"{engines[2].url}/mock/faults", json={"active": {"error-500": 1.0}})
                     answer.raise_for_status()
 
@@ -183,12 +187,12 @@ def write_dataset(path: Path, groups: int) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-async def seer(*arguments: str, limit_bytes: int | None = None) -> asyncio.subprocess.Process:
+async def seer(*arguments: str, display: str = "none", limit_bytes: int | None = None) -> asyncio.subprocess.Process:
     def limited() -> None:
         if limit_bytes is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
 
-    command = [sys.executable, "-m", "seer_cli.main", "rollout", *arguments, "--display", "none"]
+    command = [sys.executable, "-m", "seer_cli.main", "rollout", *arguments, "--display", display]
     return await asyncio.create_subprocess_exec(
         *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, preexec_fn=limited
     )
@@ -202,7 +206,7 @@ def run_options(tmp_path: Path, engines: list[MockProcess], groups: int) -> list
 
 
 async def until_started(path: Path) -> None:
-    for _ in range(400):
+    for _ in range(2400):
         if (path / "journal").exists() and (path / "journal").stat().st_size:
             return
         await asyncio.sleep(0.05)
@@ -226,7 +230,7 @@ async def test_the_orchestrator_killed_and_resumed(tmp_path: Path) -> None:
             process = await seer("--resume", str(tmp_path / "run"))
             await asyncio.sleep(1.0)  # time to start, so that each life makes progress
             if kills == ORCHESTRATOR_KILLS:
-                await asyncio.wait_for(process.wait(), 90)
+                await asyncio.wait_for(process.wait(), 200)
                 break
         assert process.returncode == 0, (await process.communicate())[1].decode()
     assert kills >= 2
@@ -236,35 +240,53 @@ async def test_the_orchestrator_killed_and_resumed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["drain", "abort", "terminate"])
 async def test_interrupted_cleanly(tmp_path: Path, how: str) -> None:
-    with mock_engines(SLOW, SLOW) as engines:
-        process = await seer(*run_options(tmp_path, engines, 12))
+    speed = [*SLOW, "--step-ms", "60"] if how == "abort" else SLOW  # chunks last longer than it takes to signal twice
+    with mock_engines(speed, speed) as engines:
+        process = await seer(*run_options(tmp_path, engines, 12), display="plain")
         await until_started(tmp_path / "run")
         process.send_signal(signal.SIGTERM if how == "terminate" else signal.SIGINT)
         if how == "abort":
-            await asyncio.sleep(0.1)
+            await asyncio.wait_for(_said(process, b"finishing the chunks in flight"), 120)  # two at once may be one
             process.send_signal(signal.SIGINT)
-        _, errors = await asyncio.wait_for(process.communicate(), 30)
+        _, errors = await asyncio.wait_for(process.communicate(), 120)
         assert process.returncode == 130, errors.decode()
-        await asyncio.sleep(0.3)
-        assert [await running(engine) for engine in engines] == [0, 0]
+        async with asyncio.timeout(60):
+            while any([await running(engine) for engine in engines]):
+                await asyncio.sleep(0.05)
         status = json.loads((tmp_path / "run" / "run.json").read_text())["status"]
         assert status == ("drained" if how == "drain" else "aborted")
+        for engine in engines if speed != SLOW else ():
+            await _sped_up(engine, SLOW)
         again = await seer("--resume", str(tmp_path / "run"))
-        assert await asyncio.wait_for(again.wait(), 60) == 0
+        assert await asyncio.wait_for(again.wait(), 120) == 0
     assert_right(samples(tmp_path / "run"), 12)
+
+
+async def _said(process: asyncio.subprocess.Process, words: bytes) -> None:
+    """Read what a process says of itself, as far as these words."""
+    assert process.stderr is not None
+    while words not in (line := await process.stderr.readline()):
+        assert line, "it has ended"
+
+
+async def _sped_up(engine: MockProcess, speed: list[str]) -> None:
+    """Start it again, as one that need not take its time any more."""
+    engine.kill()
+    engine.options = speed
+    await engine.start()
 
 
 async def test_a_full_disk(tmp_path: Path) -> None:
     """Exit code 5, whole lines only, and the run goes on when there is room."""
     with mock_engines(SPEED, SPEED) as engines:
         process = await seer(*run_options(tmp_path, engines, 24), limit_bytes=300_000)
-        _, errors = await asyncio.wait_for(process.communicate(), 60)
+        _, errors = await asyncio.wait_for(process.communicate(), 120)
         assert process.returncode == 5, errors.decode()
         assert b"--resume" in errors
         for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines():
             json.loads(line)
         again = await seer("--resume", str(tmp_path / "run"))
-        assert await asyncio.wait_for(again.wait(), 60) == 0
+        assert await asyncio.wait_for(again.wait(), 120) == 0
     assert_right(samples(tmp_path / "run"), 24)
 
 
@@ -272,27 +294,25 @@ async def test_no_usable_engine(tmp_path: Path) -> None:
     with mock_engines(SPEED) as engines:
         options = run_options(tmp_path, engines, 2)
     process = await seer(*options, "--json")
-    output, _ = await asyncio.wait_for(process.communicate(), 60)
+    output, _ = await asyncio.wait_for(process.communicate(), 120)
     assert process.returncode == 4
     assert json.loads(output)["error"] == "FleetError"
     assert not (tmp_path / "run").exists()
 
 
 async def test_two_writers_of_one_folder(tmp_path: Path) -> None:
-    with mock_engines([*SLOW, "--step-ms", "60"]) as engines:  # the first still writes when the others have started
+    with mock_engines([*SLOW, "--step-ms", "120"]) as engines:  # the first still writes when the others have started
         (engine,) = engines
         first = await seer(*run_options(tmp_path, engines, 8))
         await until_started(tmp_path / "run")
         second = await seer("--resume", str(tmp_path / "run"))
-        _, errors = await asyncio.wait_for(second.communicate(), 30)
+        _, errors = await asyncio.wait_for(second.communicate(), 120)
         assert second.returncode == 5
         assert b"another process" in errors
         third = await seer(*run_options(tmp_path, engines, 8))
-        _, errors = await asyncio.wait_for(third.communicate(), 30)
+        _, errors = await asyncio.wait_for(third.communicate(), 120)
         assert third.returncode == 5
         assert b"holds another run" in errors
-        engine.kill()  # it need not take its time any more
-        engine.options = SPEED
-        await engine.start()
-        assert await asyncio.wait_for(first.wait(), 90) == 0
+        await _sped_up(engine, SPEED)
+        assert await asyncio.wait_for(first.wait(), 120) == 0
     assert_right(samples(tmp_path / "run"), 8)

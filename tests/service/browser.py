@@ -51,13 +51,15 @@ class Tab:
         await self.until("location.protocol === 'http:' && document.readyState === 'complete'")
 
     async def evaluate(self, script: str) -> Any:
-        said = await self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        options = {"expression": script, "returnByValue": True, "awaitPromise": True}
+        while "error" in (said := await self.call("Runtime.evaluate", **options)):
+            await asyncio.sleep(0.1)  # the page that was asked is gone, and another one is coming
         assert "exceptionDetails" not in said, said
         return said["result"].get("value")
 
     async def until(self, script: str) -> None:
         """Wait until a script's value is true."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not await self.evaluate(script):
                 await asyncio.sleep(0.1)
 
@@ -94,9 +96,8 @@ async def browsing(folder: Path) -> AsyncIterator[Tab]:
     try:
         port = await asyncio.wait_for(_port(process), 60)
         async with aiohttp.ClientSession() as session:
-            async with session.get(f"http://127.0.0.1:{port}/json/list") as reply:
-                pages = [each for each in await reply.json() if each["type"] == "page"]
-            async with session.ws_connect(pages[0]["webSocketDebuggerUrl"], max_msg_size=0) as socket:
+            url = await asyncio.wait_for(_page(session, port), 60)
+            async with session.ws_connect(url, max_msg_size=0) as socket:
                 tab = Tab(socket)
                 yield tab
                 await tab.close()
@@ -104,6 +105,16 @@ async def browsing(folder: Path) -> AsyncIterator[Tab]:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
         await process.communicate()
+
+
+async def _page(session: aiohttp.ClientSession, port: int) -> str:
+    """Where the first page is spoken to; the browser listens before it has one."""
+    while True:
+        async with session.get(f"http://127.0.0.1:{port}/json/list") as reply:
+            pages = [each for each in await reply.json() if each["type"] == "page"]
+        if pages:
+            return pages[0]["webSocketDebuggerUrl"]
+        await asyncio.sleep(0.05)
 
 
 async def _port(process: asyncio.subprocess.Process) -> int:

@@ -24,7 +24,7 @@ COMPLETIONS, CHAT, GENERATE = "/v1/completions", "/v1/chat/completions", "/infer
 MESSAGES = [{"role": "user", "content": "Say it"}]
 
 _QUICK: dict[str, Any] = {
-    "engine": {"telemetry_s": 0.1, "probe_timeout_s": 5.0, "chunk_timeout_s": 5.0, "patience_s": 15.0},
+    "engine": {"telemetry_s": 0.1, "probe_timeout_s": 30.0, "chunk_timeout_s": 5.0, "patience_s": 15.0},
     "rollout": {"chunk_size": 16},
     "serve": {"port": 0, "stream_chunk_size": 8, "shutdown_s": 5.0},
 }
@@ -36,7 +36,7 @@ async def served(
 ) -> AsyncIterator[tuple[Service, httpx.AsyncClient]]:
     async with (
         serving(resolve(merge(_QUICK, tree)), [engine.url for engine in engines]) as (service, url),
-        httpx.AsyncClient(base_url=url, timeout=30, headers=headers) as client,
+        httpx.AsyncClient(base_url=url, timeout=60, headers=headers) as client,
     ):
         yield service, client
 

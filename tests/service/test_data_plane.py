@@ -186,7 +186,7 @@ async def test_the_words_of_many_responses(engines: list[MockProcess]) -> None:
 
 async def test_what_makes_a_group(engines: list[MockProcess]) -> None:
     async def ask(prompt: list[int], **headers: str) -> None:
-        params = {"max_tokens": 150, "ignore_eos": True}
+        params = {"max_tokens": 600, "ignore_eos": True}
         reply = await client.post(GENERATE, json={"token_ids": prompt, "sampling_params": params}, headers=headers)
         assert reply.status_code == 200
 
@@ -194,8 +194,9 @@ async def test_what_makes_a_group(engines: list[MockProcess]) -> None:
         other = {"X-Seer-Group": "b", "X-Seer-Group-Size": "2", "X-Session-ID": "s"}
         asks = [ask(PROMPT), ask(PROMPT), ask(PROMPT, **other), ask(PROMPT, **other), ask([9, 9])]
         tasks = [asyncio.create_task(each) for each in asks]
-        while service.core.buffer.open < 5:
-            await asyncio.sleep(0.005)
+        async with asyncio.timeout(60):
+            while service.core.buffer.open < 5:
+                await asyncio.sleep(0.005)
         assert sorted(len(group.requests) for group in service.core.buffer.groups.values()) == [1, 2, 2]
         await asyncio.gather(*tasks)
         assert (await client.post("/finish_session", json={"session_id": "s"})).status_code == 200
@@ -250,11 +251,12 @@ async def test_clients_abort_requests_by_the_names_that_they_know(engines: list[
                 ask(COMPLETIONS, "a", prompt=[PROMPT, PROMPT], n=2, **sampling),
                 ask(CHAT, "a-b", messages=MESSAGES, **sampling),
                 ask(GENERATE, "c", token_ids=PROMPT, sampling_params=sampling),
-                ask(GENERATE, "d", token_ids=PROMPT, sampling_params=sampling | {"max_tokens": 500}),
+                ask(GENERATE, "d", token_ids=PROMPT, sampling_params=sampling | {"max_tokens": 2000}),
             )
         ]
-        while service.core.buffer.open < 7:
-            await asyncio.sleep(0.01)
+        async with asyncio.timeout(60):
+            while service.core.buffer.open < 7:
+                await asyncio.sleep(0.01)
         for names, count in ((["cmpl-a-1"], 2), (["chatcmpl-a-b", "c", "unknown"], 2), (["a"], 2)):
             assert (await post(client, "/abort_requests", request_ids=names))["aborted"] == count
         assert await asyncio.gather(*tasks) == [

@@ -60,7 +60,7 @@ async def look(client: httpx.AsyncClient, job: str) -> dict[str, Any]:
 
 
 async def until(client: httpx.AsyncClient, job: str, **fields: Any) -> dict[str, Any]:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not fields.items() <= (status := await look(client, job)).items():
             await asyncio.sleep(0.05)
     return status
@@ -179,15 +179,15 @@ async def test_cancelling_frees_the_engines(slow: list[MockProcess], tmp_path: P
     async with served(slow, tmp_path) as app, http(app.url) as client:
         job = await begin(client, 8, 8, sampling={"ignore_eos": True, "max_tokens": 900}, chunk_size=0)
         keep = await begin(client, 1, 2)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while await running(slow[0]) < 60:
                 await asyncio.sleep(0.05)
         reading = asyncio.create_task(read(client, job["id"]))
         status = (await client.delete(f"/v1/rollouts/{job['id']}")).json()
         assert (status["status"], status["open"], status["waiting"]) == ("cancelled", 0, 0)
-        assert await asyncio.wait_for(reading, 5) == []
+        assert await asyncio.wait_for(reading, 60) == []
         assert len(await read(client, keep["id"])) == 2
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while await running(slow[0]):
                 await asyncio.sleep(0.05)
         assert not app.service.core.buffer.groups
@@ -207,7 +207,7 @@ async def test_a_rollout_larger_than_the_room(fast: list[MockProcess], tmp_path:
                 await asyncio.sleep(0)
 
         watching = asyncio.create_task(watch())
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             statuses: list[dict[str, Any]] = []
             while not statuses or not all(status["done"] for status in statuses):
                 statuses = [await look(client, job["id"]) for job in jobs]
@@ -321,7 +321,7 @@ async def test_a_restarted_server(slow: list[MockProcess], tmp_path: Path) -> No
         before = await read(client, done["id"])
         lost = await begin(client, 4, 8)
         await until(client, done["id"], status="done")
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while (await look(client, lost["id"]))["spooled"] < 5:
                 await asyncio.sleep(0.02)
         async with served(slow, tmp_path) as neighbour, http(neighbour.url) as other:
@@ -346,7 +346,7 @@ async def test_old_rollouts_go(fast: list[MockProcess], tmp_path: Path) -> None:
     async with served(fast, tmp_path, jobs={"keep_s": 0.2}) as app, http(app.url) as client:
         job = (await begin(client, 2, 2))["id"]
         assert len(await read(client, job)) == 4
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while (await client.get(f"/v1/rollouts/{job}")).status_code != 404:
                 await asyncio.sleep(0.1)
     assert not files(tmp_path, "*/*/samples.jsonl")

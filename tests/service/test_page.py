@@ -87,9 +87,8 @@ async def test_the_numbers_are_those_of_the_status(fast: list[MockProcess], tmp_
 
 @needs_browser
 async def test_it_follows_what_happens(tmp_path: Path, tab: Tab) -> None:
-    settings = {"engine": {"telemetry_s": 0.1, "probe_timeout_s": 0.5}}
     with mock_engines([*SLOW, "--draft-acceptance", "0.7"]) as engines:
-        async with served(engines, tmp_path / "s", **settings) as app, httpx.AsyncClient(base_url=app.url) as client:
+        async with served(engines, tmp_path / "s") as app, httpx.AsyncClient(base_url=app.url, timeout=30) as client:
             await tab.open(app.url + "/")
             await tab.until(f"{READY} && document.getElementById('v-running').innerText === '0'")
             await rollout(client, 4, 8, sampling={"max_tokens": 1500, "ignore_eos": True})
@@ -146,7 +145,7 @@ async def test_a_key(fast: list[MockProcess], tmp_path: Path, tab: Tab, how: str
 
 
 async def test_the_page_is_self_contained(fast: list[MockProcess], tmp_path: Path) -> None:
-    async with served(fast, tmp_path, key="sesame") as app, httpx.AsyncClient(base_url=app.url) as client:
+    async with served(fast, tmp_path, key="sesame") as app, httpx.AsyncClient(base_url=app.url, timeout=30) as client:
         page = await client.get("/")
         assert page.status_code == 200
         assert "default-src 'none'" in page.headers["Content-Security-Policy"]

@@ -16,6 +16,8 @@ from tests.service.server import MODEL, PROMPT, reference, served
 if TYPE_CHECKING:
     from tests.live.engines import MockProcess
 
+pytestmark = pytest.mark.timeout(600)  # also makes the environment, the first time
+
 SCRIPT = Path(__file__).parent / "trainers" / "skyrl_asks.py"
 PROMPTS = [PROMPT, [5, 6, 7]]
 TOKENIZER = byte_tokenizer(32_000)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from seer_async.types import Sample
     from tests.live.engines import MockProcess
 
+pytestmark = pytest.mark.timeout(600)  # also makes the environment, the first time
+
 SCRIPT = Path(__file__).parent / "trainers" / "verifiers_asks.py"
 ROLLOUTS = 3
 TOKENIZER = byte_tokenizer(32_000)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tests.live.engines import MockProcess
 
 PARAMS = {
-    "max_tokens": 10_000,
+    "max_tokens": 15_000,
     "temperature": 1.0,
     "top_p": 1.0,
     "top_k": -1,
@@ -86,7 +86,7 @@ async def test_a_rollout(engines: list[MockProcess], state: State) -> None:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         assert done == {tasks[0]}
         state.aborted = True
-        async with asyncio.timeout(15):  # of the 20 s that they would take
+        async with asyncio.timeout(25):  # of the 30 s that they would take
             ended = await asyncio.gather(*tasks)
         assert [sample.status for sample in ended] == ["length", "abort", "abort", "abort"]
         model = LanguageModel(mean_length=60.0, version="rollout-3")
