@@ -105,6 +105,27 @@ async def test_chat(engines: list[MockProcess]) -> None:
         assert (choice["message"]["role"], choice["finish_reason"]) == ("assistant", reason)
 
 
+async def test_limits_of_vllm_where_none_is_given(engines: list[MockProcess]) -> None:
+    """16 tokens for a completion, for the others what the context has left; and 16 is a limit like any other."""
+    async with served(engines) as (service, client):
+        prompt = PROMPT * (service.info.max_model_len // len(PROMPT) - 5)
+        left = service.info.max_model_len - len(prompt)
+        words = [{"role": "user", "content": "a" * (service.info.max_model_len - 60)}]
+        for path, body, limits, expected in [
+            (COMPLETIONS, {"prompt": prompt}, {}, 16),
+            (COMPLETIONS, {"prompt": prompt}, {"max_tokens": 16}, 16),
+            (COMPLETIONS, {"prompt": prompt}, {"max_tokens": 17}, 17),
+            (CHAT, {"messages": MESSAGES}, {"max_completion_tokens": 16}, 16),
+            (CHAT, {"messages": words}, {}, None),
+            (GENERATE, {"token_ids": prompt}, {"max_tokens": 16}, 16),
+            (GENERATE, {"token_ids": prompt}, {}, left),
+        ]:
+            options = {"ignore_eos": True} | limits
+            asked = body | ({"sampling_params": options} if path == GENERATE else options)
+            usage = (await post(client, path, **asked))["usage"]
+            assert usage["completion_tokens"] == (expected or service.info.max_model_len - usage["prompt_tokens"]), path
+
+
 async def test_generate_names_the_weights(engines: list[MockProcess]) -> None:
     params = {"n": 2, "seed": 8, "max_tokens": 100, "logprobs": 1, "temperature": 1.0}
     async with served(engines) as (_, client):

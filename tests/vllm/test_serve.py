@@ -33,6 +33,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     (COMPLETIONS, {"prompt": ["The sea is", "One, two,"], "logprobs": 2} | IDS | GREEDY),
     (COMPLETIONS, {"prompt": "The sea is", "stop": [" the", "\n\n"]} | IDS | GREEDY),
     (COMPLETIONS, {"prompt": "The sea is", "cache_salt": "mine"} | GREEDY),
+    (COMPLETIONS, {"prompt": "The sea is", "temperature": 0, "ignore_eos": True}),  # 16 tokens, as always
+    (COMPLETIONS, {"prompt": "The sea is", "temperature": 0, "ignore_eos": True, "max_tokens": 16}),
+    (CHAT, {"messages": MESSAGES, "temperature": 0, "ignore_eos": True, "max_completion_tokens": 16}),
     (GENERATE, {"token_ids": [504, 3413], "cache_salt": "mine", "sampling_params": GREEDY}),
     (COMPLETIONS, {"prompt": "The sea is", "stop_token_ids": [30, 28, 282], "logprobs": 0} | IDS | GREEDY),
     (COMPLETIONS, {"prompt": "The sea is", "stop": " blue", "include_stop_str_in_output": True} | IDS | GREEDY),

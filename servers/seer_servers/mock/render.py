@@ -143,7 +143,9 @@ def _params(body: _Body, max_tokens: int, logprobs: int | None) -> dict[str, Any
     given = {name: value for name in _DEFAULTS if (value := getattr(body, name)) is not None}
     blank = _Body()
     changed = {name: value for name in (*_PLAIN, *_SHOWN) if (value := getattr(body, name)) != getattr(blank, name)}
-    params = _DEFAULTS | given | changed | {"max_tokens": max_tokens, "output_kind": 2, "skip_clone": True}
+    params = _DEFAULTS | given | changed | {"output_kind": 2, "skip_clone": True}
+    if max_tokens != _COMPLETION_TOKENS:
+        params["max_tokens"] = max_tokens
     params["stop"] = [body.stop] if isinstance(body.stop, str) else body.stop or []
     if body.n > 1:
         params["n"] = body.n

@@ -70,7 +70,7 @@ class Generate:
         if body.output_mode != "tokens":
             raise bad_request("output_mode must be 'tokens' here; ask /v1/completions for text.", "output_mode")
         adapter = adapter_named(body.model, self._intake.service)
-        prompt = Rendered(body.token_ids, body.sampling_params, body.cache_salt)
+        prompt = Rendered(body.token_ids, {"max_tokens": None} | body.sampling_params, body.cache_salt)
         work = self._intake.work(prompt, request, adapter=adapter, stream=bool(body.stream))
         answer = _Answer(self._intake, body, work, f"generate-tokens-{request_id(request, body.request_id)}")
         return await stream(request, answer.events()) if body.stream else await answer.whole()

@@ -32,6 +32,7 @@ _KIND = re.compile(r"^(chatcmpl|cmpl|generate-tokens)-")  # before a client's ow
 _NAME_END = 256
 _REJECTED = re.compile(r"rejected: /\S+ answered (\d+): (.*)", re.DOTALL)
 _RETRY_S = 5.0
+_MAX_TOKENS = 16  # of vLLM's SamplingParams
 
 REQUEST_HEADERS: dict[str, Any] = {
     _GROUP: Annotated[str, msgspec.Meta(max_length=_NAME_END)],
@@ -42,12 +43,19 @@ REQUEST_HEADERS: dict[str, Any] = {
 
 
 class Rendered(msgspec.Struct):
-    """A prompt as an engine renders it: token ids, and every sampling parameter resolved."""
+    """A prompt as an engine renders it: token ids, and every sampling parameter resolved.
+
+    Engines leave out what is vLLM's default, which for `max_tokens` is not ours. None is all that the context has.
+    """
 
     token_ids: list[int]
     sampling_params: dict[str, Any]
     cache_salt: str | None = None
     features: Any = None
+
+    def __post_init__(self) -> None:
+        """Say the default."""
+        self.sampling_params.setdefault("max_tokens", _MAX_TOKENS)
 
 
 class Intake:
