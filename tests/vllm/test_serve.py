@@ -11,6 +11,7 @@ import pytest
 
 from seer_async.config import resolve
 from seer_servers.service.serve import serving
+from tests.mock_http import running
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -68,6 +69,23 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     (GENERATE, {"token_ids": [504], "sampling_params": {}, "cache_salt": "a@b"}),
 ]
 
+MANY = 1000  # tokens
+SHAPES: list[dict[str, Any]] = [
+    {},
+    {"max_tokens": 16, "temperature": 0.0, "top_p": 0.9, "top_k": 40, "min_p": 0.1},
+    {"max_tokens": 30, "min_tokens": 4, "n": 2, "seed": 3, "ignore_eos": True},
+    {"max_tokens": 30, "temperature": 0.7, "top_p": 0.9, "top_k": 40, "min_p": 0.1},
+    {"max_tokens": 30, "presence_penalty": 0.5, "frequency_penalty": -0.5, "repetition_penalty": 1.1},
+    {"max_tokens": 30, "stop": ["a", "b"], "stop_token_ids": [5], "include_stop_str_in_output": True},
+    {"max_tokens": 30, "bad_words": ["no"], "logit_bias": {"7": 2.0}, "allowed_token_ids": [5, 6, 7]},
+    {"max_tokens": 30, "stop": "a", "skip_special_tokens": False, "spaces_between_special_tokens": False},
+]
+RENDERED = [
+    *((COMPLETIONS, {"prompt": [5, 6, 7]} | shape) for shape in [*SHAPES, {"logprobs": 0}, {"logprobs": 3}]),
+    *((CHAT, {"messages": MESSAGES} | shape) for shape in [*SHAPES, {"logprobs": True}, {"max_completion_tokens": 9}]),
+    (CHAT, {"messages": MESSAGES, "logprobs": True, "top_logprobs": 2}),
+]
+
 
 async def test_one_server_or_a_fleet(vllm_fleet: LocalFleet) -> None:
     config = resolve({"serve": {"port": 0, "stream_chunk_size": 8}, "rollout": {"chunk_size": 8}})
@@ -83,6 +101,24 @@ async def test_one_server_or_a_fleet(vllm_fleet: LocalFleet) -> None:
             assert replies[0].json()["error"].keys() == replies[1].json()["error"].keys()
         tokens = [await client.post("/tokenize", json={"prompt": "The sea"}) for client in (engine, service)]
         assert tokens[0].json() == tokens[1].json()
+
+
+async def test_the_mock_renders_as_an_engine_does(vllm_fleet: LocalFleet) -> None:
+    """What the service's other tests stand on: which sampling parameters engines tell it of, and as what."""
+    async with httpx.AsyncClient(base_url=vllm_fleet.urls[-1], timeout=120) as engine, running() as (_, mock):
+        for path, body in RENDERED:
+            theirs = _params((await engine.post(f"{path}/render", json=body)).raise_for_status().json())
+            async with mock.post(f"{path}/render", json=body) as reply:
+                assert reply.ok, await reply.text()
+                ours = _params(await reply.json())
+            assert ours == theirs, body
+
+
+def _params(rendered: Any) -> dict[str, Any]:
+    """But for what an engine tells itself, and with a word for all that its context has left."""
+    (one,) = rendered if isinstance(rendered, list) else [rendered]
+    params = {name: value for name, value in one["sampling_params"].items() if name != "skip_reading_prefix_cache"}
+    return params | ({"max_tokens": "all"} if params.get("max_tokens", 0) > MANY else {})
 
 
 async def _alike(engine: httpx.AsyncClient, service: httpx.AsyncClient, path: str, asked: dict[str, Any]) -> None:

@@ -22,7 +22,9 @@ _DEFAULTS = {
     "top_p": 1.0,
     "min_p": 0.0,
 }
-_PLAIN = ("seed", "stop_token_ids", "ignore_eos", "min_tokens", "bad_words", "logit_bias", "allowed_token_ids", "top_k")
+_SHAPES = ("top_p", "top_k", "min_p")  # back at their defaults where the temperature is 0
+_LISTS = ("stop_token_ids", "bad_words")
+_PLAIN = ("seed", "ignore_eos", "min_tokens", "logit_bias", "allowed_token_ids", "top_k")
 _SHOWN = ("include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens", "structured_outputs")
 
 _Logprobs = Annotated[int, msgspec.Meta(ge=0, le=_MAX_LOGPROBS)]
@@ -141,11 +143,14 @@ def _rendered(
 def _params(body: _Body, max_tokens: int, logprobs: int | None) -> dict[str, Any]:
     """Like vLLM's: what is at its default is mostly left out."""
     given = {name: value for name in _DEFAULTS if (value := getattr(body, name)) is not None}
+    lists = {name: getattr(body, name) or [] for name in _LISTS}
     blank = _Body()
     changed = {name: value for name in (*_PLAIN, *_SHOWN) if (value := getattr(body, name)) != getattr(blank, name)}
-    params = _DEFAULTS | given | changed | {"output_kind": 2, "skip_clone": True}
+    params = _DEFAULTS | given | lists | changed | {"output_kind": 2, "skip_clone": True}
     if max_tokens != _COMPLETION_TOKENS:
         params["max_tokens"] = max_tokens
+    if params["temperature"] == 0:
+        params = {name: value for name, value in params.items() if name not in _SHAPES}
     params["stop"] = [body.stop] if isinstance(body.stop, str) else body.stop or []
     if body.n > 1:
         params["n"] = body.n
