@@ -19,7 +19,7 @@ os.environ |= ONE_THREAD
 START_AND_TEST_S = 600  # two engines and the tests share what may be two busy cores
 OF_THE_FLEET = tuple(  # also what starts an engine of its own: not while the two of the fleet are at work
     f"tests/vllm/test_{of}.py"
-    for of in ("drafting", "exactness", "kvpool", "rollout", "serve", "control", "adapters", "trainers")
+    for of in ("drafting", "exactness", "kvpool", "rollout", "serve", "serve_random", "control", "adapters", "trainers")
 )
 LONG = (
     OF_THE_FLEET,
