@@ -14,9 +14,7 @@ rollout: setup ## sample 8 responses to each of 8 prompts on two engines of this
 	@$(BIN)/seer rollout --engines 2 -n 8 --limit 8 --max-tokens 512 --chunk-size 64 $(ARGS)
 
 test: lint ## lint, then run every test, real engines included
-	@$(BIN)/pytest $(ARGS) || { [ $$? = 1 ] && \
-	  echo 'What failed runs again, alone: a test that passes now waits too little for a busy machine. Repair it.' && \
-	  $(BIN)/pytest -n 0 --exitfirst --last-failed --last-failed-no-failures none; }
+	$(BIN)/pytest $(ARGS)
 
 lint: setup ## check style, format and types
 	$(BIN)/ruff check .
