@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 
 from seer_servers.mock.tokenizer import byte_tokenizer, render_chat
-from seer_servers.mock.wire import ChatMessage, bad_request, check_model
+from seer_servers.mock.wire import COMPLETION_TOKENS, MAX_LOGPROBS, ChatMessage, bad_request, check_model
 
 if TYPE_CHECKING:
     from seer_servers.mock.engine import MockEngine
 
-_COMPLETION_TOKENS = 16  # what /v1/completions generates where max_tokens is not given
-_MAX_LOGPROBS = 20
 _DEFAULTS = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
@@ -27,7 +25,7 @@ _LISTS = ("stop_token_ids", "bad_words")
 _PLAIN = ("seed", "ignore_eos", "min_tokens", "logit_bias", "allowed_token_ids", "top_k")
 _SHOWN = ("include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens", "structured_outputs")
 
-_Logprobs = Annotated[int, msgspec.Meta(ge=0, le=_MAX_LOGPROBS)]
+_Logprobs = Annotated[int, msgspec.Meta(ge=0, le=MAX_LOGPROBS)]
 
 
 class _Body(msgspec.Struct, kw_only=True):
@@ -80,7 +78,7 @@ def rendered_completions(body: RenderCompletionBody, id_: str, engine: MockEngin
     check_model(body.model, engine)
     prompts = _prompts(body.prompt)
     names = [id_] if len(prompts) == 1 else [f"{id_}-{number}" for number in range(len(prompts))]
-    limit = body.max_tokens or _COMPLETION_TOKENS
+    limit = body.max_tokens or COMPLETION_TOKENS
     return [
         _rendered(body, name, _ids(prompt, engine), engine, limit=limit, logprobs=body.logprobs)
         for name, prompt in zip(names, prompts, strict=True)
@@ -147,7 +145,7 @@ def _params(body: _Body, max_tokens: int, logprobs: int | None) -> dict[str, Any
     blank = _Body()
     changed = {name: value for name in (*_PLAIN, *_SHOWN) if (value := getattr(body, name)) != getattr(blank, name)}
     params = _DEFAULTS | given | lists | changed | {"output_kind": 2, "skip_clone": True}
-    if max_tokens != _COMPLETION_TOKENS:
+    if max_tokens != COMPLETION_TOKENS:
         params["max_tokens"] = max_tokens
     if params["temperature"] == 0:
         params = {name: value for name, value in params.items() if name not in _SHAPES}

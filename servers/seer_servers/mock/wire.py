@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from seer_servers.mock.engine import MockEngine
 
 _SALT_END, _SALT_FORBIDDEN = 128, frozenset("@/\\\0")  # as vLLM has it
-_MAX_LOGPROBS = 20  # vLLM's default limit
-_COMPLETION_TOKENS = 16  # what /v1/completions generates where max_tokens is not given
+MAX_LOGPROBS = 20  # vLLM's default limit
+COMPLETION_TOKENS = 16  # what /v1/completions generates where max_tokens is not given
 
 _Count = Annotated[int, msgspec.Meta(ge=0)]
 _Positive = Annotated[int, msgspec.Meta(ge=1)]
@@ -51,7 +51,7 @@ class Params(msgspec.Struct, kw_only=True):
     seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     ignore_eos: bool = False
     stop_token_ids: list[int] | None = None
-    logprobs: Annotated[int, msgspec.Meta(ge=0, le=_MAX_LOGPROBS)] | None = None
+    logprobs: Annotated[int, msgspec.Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     n: int = 1
 
 
@@ -125,7 +125,7 @@ def completion_call(body: CompletionBody, id_: str, engine: MockEngine) -> Call:
     if isinstance(prompt, str):
         prompt = byte_tokenizer(engine.config.model.vocab_size).encode(prompt).ids
     if body.max_tokens is None:
-        body.max_tokens = _COMPLETION_TOKENS
+        body.max_tokens = COMPLETION_TOKENS
     return _call(body, prefix=prompt, params=body, seer=body.vllm_xargs, id_=f"{id_}-0", engine=engine)
 
 
